@@ -1,0 +1,51 @@
+#include "kernels/cpu_kernel.h"
+
+#include <array>
+#include <cstdlib>
+#include <string_view>
+
+#include "base/error.h"
+#include "kernels/linear.h"
+
+namespace pyra::kernels {
+namespace {
+
+constexpr std::array<const char*, 3> kNames{"aten", "avx512", "avx512-bf16"};
+
+CpuKernel best_of_this_cpu() {
+#if defined(PYRA_SIMD_X86)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("bmi2")) {
+    return __builtin_cpu_supports("avx512bf16") ? CpuKernel::avx512_bf16 : CpuKernel::avx512;
+  }
+#endif
+  return CpuKernel::aten;
+}
+
+CpuKernel decide() {
+  const CpuKernel best = best_of_this_cpu();
+  const char* wish = std::getenv("PYRA_CPU_KERNEL");
+  if (wish == nullptr || *wish == '\0') return best;
+  for (size_t i = 0; i < kNames.size(); ++i) {
+    if (std::string_view(wish) != kNames[i]) continue;
+    if (CpuKernel(i) > best) {
+      fail(ExitCode::device, "PYRA_CPU_KERNEL=", wish, ": this CPU has only '", kNames[size_t(best)],
+           "'; unset the variable or name that");
+    }
+    return CpuKernel(i);
+  }
+  fail(ExitCode::usage, "PYRA_CPU_KERNEL=", wish, ": expected aten, avx512 or avx512-bf16");
+}
+
+}  // namespace
+
+CpuKernel cpu_kernel() {
+  static const CpuKernel chosen = decide();
+  return chosen;
+}
+
+const char* cpu_micro_kernel() {
+  return kNames[size_t(cpu_kernel())];
+}
+
+}  // namespace pyra::kernels
