@@ -1,0 +1,167 @@
+#include "nn/config.h"
+
+#include <array>
+#include <charconv>
+#include <regex>
+
+#include "base/error.h"
+
+namespace pyra::nn {
+namespace {
+
+struct Size {
+  const char* name;
+  const char* short_name;
+  int64_t embed_dim, depth, num_heads;
+};
+
+// Dosovitskiy et al. (arXiv 2010.11929) table 1 and Touvron et al. (arXiv 2012.12877) table 1.
+constexpr std::array<Size, 5> kSizes{{
+    {"tiny", "ti", 192, 12, 3},
+    {"small", "s", 384, 12, 6},
+    {"base", "b", 768, 12, 12},
+    {"large", "l", 1024, 24, 16},
+    {"huge", "h", 1280, 32, 16},
+}};
+
+const Size* find_size(const std::string& name) {
+  for (const Size& size : kSizes)
+    if (name == size.name || name == size.short_name) return &size;
+  return nullptr;
+}
+
+int64_t to_number(const std::string& digits) {
+  int64_t value = 0;
+  std::from_chars(digits.data(), digits.data() + digits.size(), value);
+  return value;
+}
+
+void check_range(const std::string& where, const char* field, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high)
+    fail(ExitCode::input, where, ": ", field, " is ", value, ", expected ", low, " to ", high);
+}
+
+}  // namespace
+
+sdk::ModelShape VitConfig::shape() const {
+  return {.depth = depth,
+          .embed_dim = embed_dim,
+          .num_heads = num_heads,
+          .mlp_dim = mlp_dim,
+          .tokens = tokens(),
+          .protected_tokens = protected_tokens(),
+          .num_classes = num_classes};
+}
+
+void check_config(const VitConfig& config, const std::string& where) {
+  check_range(where, "depth", config.depth, 1, kMaxDepth);
+  check_range(where, "embed_dim", config.embed_dim, 1, kMaxEmbedDim);
+  check_range(where, "num_heads", config.num_heads, 1, config.embed_dim);
+  check_range(where, "mlp_dim", config.mlp_dim, 1, 8 * kMaxEmbedDim);
+  check_range(where, "image_size", config.image_size, 1, kMaxImageSize);
+  check_range(where, "patch_size", config.patch_size, 1, config.image_size);
+  check_range(where, "num_classes", config.num_classes, 0, kMaxClasses);
+  if (config.embed_dim % config.num_heads != 0)
+    fail(ExitCode::input, where, ": embed_dim ", config.embed_dim, " is not a multiple of num_heads ",
+         config.num_heads);
+  if (config.image_size % config.patch_size != 0)
+    fail(ExitCode::input, where, ": image_size ", config.image_size, " is not a multiple of patch_size ",
+         config.patch_size);
+  if (!(config.norm_eps > 0 && config.norm_eps < 1))
+    fail(ExitCode::input, where, ": norm_eps is ", config.norm_eps, ", expected more than 0 and less than 1");
+  if (config.distilled && config.pool == Pool::avg)
+    fail(ExitCode::input, where, ": a distilled model is pooled by its tokens, not by average");
+}
+
+std::vector<TensorShape> tensor_shapes(const VitConfig& config) {
+  const int64_t dim = config.embed_dim, mlp = config.mlp_dim;
+  std::vector<TensorShape> shapes;
+  const auto layer = [&](const std::string& name, std::vector<int64_t> weight) {
+    const int64_t out = weight.front();
+    shapes.push_back({name + ".weight", std::move(weight)});
+    shapes.push_back({name + ".bias", {out}});
+  };
+  shapes.push_back({"cls_token", {1, 1, dim}});
+  if (config.distilled) shapes.push_back({"dist_token", {1, 1, dim}});
+  shapes.push_back({"pos_embed", {1, config.tokens(), dim}});
+  layer("patch_embed.proj", {dim, 3, config.patch_size, config.patch_size});
+  for (int64_t i = 0; i < config.depth; ++i) {
+    const std::string block = cat("blocks.", i, ".");
+    layer(block + "norm1", {dim});
+    layer(block + "attn.qkv", {3 * dim, dim});
+    layer(block + "attn.proj", {dim, dim});
+    layer(block + "norm2", {dim});
+    layer(block + "mlp.fc1", {mlp, dim});
+    layer(block + "mlp.fc2", {dim, mlp});
+  }
+  layer(config.pool == Pool::avg ? "fc_norm" : "norm", {dim});
+  if (config.num_classes > 0) {
+    layer("head", {config.num_classes, dim});
+    if (config.distilled) layer("head_dist", {config.num_classes, dim});
+  }
+  return shapes;
+}
+
+VitConfig arch_config(const std::string& name) {
+  // timm appends the name of the pretraining after a dot; it does not change the architecture.
+  static const std::regex pattern(
+      R"((vit|deit|mae_vit)_([a-z]+)(_distilled)?_patch([0-9]{1,3})(_([0-9]{1,4}))?(\..*)?)");
+  std::smatch match;
+  const Size* size = nullptr;
+  if (std::regex_match(name, match, pattern)) size = find_size(match[2]);
+  if (!size)
+    fail(ExitCode::usage, "'", name, "' is not a known architecture", did_you_mean(name, known_archs()),
+         " Known are vit_, deit_ and mae_vit_ names of sizes tiny, small, base, large and huge, as "
+         "vit_base_patch16_224");
+  VitConfig config;
+  config.arch = name;
+  config.patch_size = to_number(match[4]);
+  config.image_size = match[6].matched ? to_number(match[6]) : 224;
+  config.embed_dim = size->embed_dim;
+  config.depth = size->depth;
+  config.num_heads = size->num_heads;
+  config.mlp_dim = 4 * size->embed_dim;
+  config.distilled = match[3].matched;
+  config.pool = match[1] == "mae_vit" ? Pool::avg : Pool::token;
+  check_config(config, "architecture '" + name + "'");
+  return config;
+}
+
+std::vector<std::string> known_archs() {
+  return {"vit_tiny_patch16_224",
+          "vit_small_patch16_224",
+          "vit_small_patch32_224",
+          "vit_base_patch16_224",
+          "vit_base_patch16_384",
+          "vit_base_patch32_224",
+          "vit_base_patch8_224",
+          "vit_large_patch16_224",
+          "vit_large_patch16_384",
+          "vit_huge_patch14_224",
+          "deit_tiny_patch16_224",
+          "deit_small_patch16_224",
+          "deit_base_patch16_224",
+          "deit_tiny_distilled_patch16_224",
+          "deit_small_distilled_patch16_224",
+          "deit_base_distilled_patch16_224",
+          "mae_vit_base_patch16",
+          "mae_vit_large_patch16",
+          "mae_vit_huge_patch14",
+          "vit_ti_patch8_112",
+          "vit_s_patch8_112"};
+}
+
+int64_t count_macs(const VitConfig& config, const std::vector<int64_t>& tokens_after) {
+  const int64_t dim = config.embed_dim;
+  int64_t tokens = config.tokens();
+  // DiffRate's count, which the field compares by, takes the class token as one more patch here.
+  int64_t macs = tokens * dim * 3 * config.patch_size * config.patch_size;
+  for (int64_t i = 0; i < config.depth; ++i) {
+    macs += 4 * tokens * dim * dim + 2 * tokens * tokens * dim;
+    if (!tokens_after.empty()) tokens = tokens_after.at(size_t(i));
+    macs += 2 * tokens * dim * config.mlp_dim;
+  }
+  return macs + dim * config.num_classes * (config.distilled ? 2 : 1);
+}
+
+}  // namespace pyra::nn
