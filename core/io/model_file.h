@@ -1,0 +1,50 @@
+// A model on disk: one safetensors file whose metadata entry "pyra" (JSON) is enough to run it anywhere.
+// timm's files (same tensor names, no such entry) are read too.
+#pragma once
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "nn/config.h"
+#include "nn/preprocess.h"
+#include "sdk/parameters.h"
+#include "sdk/tensor_decl.h"
+
+namespace pyra::io {
+
+/// The merge strategy a model carries. Tensors stand in the file as "merge.<name>.<declared name>".
+struct MergeSpec {
+  std::string name;
+  sdk::Schedule schedule;  ///< resolved
+  std::map<std::string, sdk::ParameterValue> parameters;
+  bool proportional_attention = true;
+  sdk::TensorMap learned;
+};
+
+struct ModelFile {
+  nn::VitConfig config;
+  nn::Preprocess preprocess;
+  std::vector<std::string> class_names;  ///< empty or num_classes long
+  std::optional<MergeSpec> merge;
+  sdk::TensorMap weights;                         ///< fp32, timm's names
+  std::map<std::string, std::string> provenance;  ///< free text kept in the file: protocol, base, command
+};
+
+struct ReadModelOptions {
+  /// Position embeddings are resized (bicubic, antialiased, as timm) when this differs from the file's.
+  std::optional<int64_t> image_size{};
+  std::optional<int64_t> num_heads{};  ///< for files whose names and shapes do not tell
+};
+
+/// Reads ours or timm's; Error(input) names file, tensor, got, expected. Half-precision weights become fp32.
+/// A config is inferred from shapes where no metadata says it (heads: from the architecture named in the
+/// metadata, else embed_dim / 64).
+[[nodiscard]] ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& options = {});
+
+enum class ModelFormat { pyra, timm };
+/// Atomic. timm cannot carry a merge: Error(usage) when the model has one (pass it without).
+void write_model(const std::filesystem::path& path, const ModelFile& model, ModelFormat format = ModelFormat::pyra);
+
+}  // namespace pyra::io
