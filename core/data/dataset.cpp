@@ -1,0 +1,108 @@
+#include "data/dataset.h"
+
+#include "base/error.h"
+#include "data/catalogue.h"
+#include "data/file_store.h"
+#include "data/image.h"
+
+namespace pyra::data {
+
+struct Dataset::State {
+  std::filesystem::path path;
+  std::unique_ptr<FileStore> store;
+  Catalogue catalogue;
+};
+
+namespace {
+
+/// The folders a data set's own root may be: where it was opened, or the only folder there.
+std::vector<std::string> possible_roots(const FileStore& store) {
+  std::vector<std::string> roots{""};
+  if (const auto folder = store.only_folder()) roots.push_back(*folder + '/');
+  return roots;
+}
+
+Catalogue read_catalogue(const FileStore& store, const std::filesystem::path& path, uint64_t seed) {
+  const std::vector<std::string> roots = possible_roots(store);
+  for (const std::string& root : roots) {
+    if (auto lists = read_lists(store, root)) return std::move(*lists);
+  }
+  // <folder>/<class>/<image> looks like one split; only a folder named as splits are is one.
+  static constexpr std::string_view kSplitNames[] = {"train/", "val/", "test/"};
+  const std::string& last = roots.back();
+  const bool is_split = std::ranges::find(kSplitNames, last) != std::end(kSplitNames);
+  if (auto folders = read_image_folder(store, is_split ? "" : last, seed)) return std::move(*folders);
+  fail(ExitCode::input, path.string(),
+       ": no data set: neither list files (train800.txt, val200.txt, train800val200.txt, ",
+       "train.txt, val.txt, test.txt) nor images in <class>/<image> or <split>/<class>/<image>");
+}
+
+const std::vector<Sample>* find(const Catalogue& catalogue, const std::string& name) {
+  for (const auto& [split, samples] : catalogue.splits) {
+    if (split == name) return &samples;
+  }
+  return name == "train" ? find(catalogue, "train800val200") : nullptr;
+}
+
+}  // namespace
+
+Dataset::Dataset(std::shared_ptr<State> state) : state_(std::move(state)) {}
+Dataset::~Dataset() = default;
+Dataset::Dataset(Dataset&&) noexcept = default;
+Dataset& Dataset::operator=(Dataset&&) noexcept = default;
+
+Dataset Dataset::open(const std::filesystem::path& path, uint64_t split_seed) {
+  auto state = std::make_shared<State>();
+  state->path = path;
+  state->store = open_store(path);
+  state->catalogue = read_catalogue(*state->store, path, split_seed);
+  return Dataset(std::move(state));
+}
+
+const std::filesystem::path& Dataset::path() const {
+  return state_->path;
+}
+const std::vector<std::string>& Dataset::class_names() const {
+  return state_->catalogue.class_names;
+}
+int64_t Dataset::num_classes() const {
+  return int64_t(class_names().size());
+}
+
+std::vector<std::string> Dataset::splits() const {
+  std::vector<std::string> names;
+  for (const auto& [name, samples] : state_->catalogue.splits) names.push_back(name);
+  return names;
+}
+
+bool Dataset::has_split(const std::string& name) const {
+  return find(state_->catalogue, name) != nullptr;
+}
+
+const std::vector<Sample>& Dataset::split(const std::string& name) const {
+  if (const auto* samples = find(state_->catalogue, name)) return *samples;
+  fail(ExitCode::input, path().string(), ": no split '", name, "'; there are ", join(splits()));
+}
+
+std::string Dataset::describe(const Sample& sample) const {
+  const std::string file = state_->store->describe(sample.path);
+  return sample.origin.empty() ? file : cat(file, " (", sample.origin, ")");
+}
+
+std::vector<uint8_t> Dataset::read(const Sample& sample) const {
+  if (!state_->store->contains(sample.path)) fail(ExitCode::input, describe(sample), ": the image is missing");
+  return state_->store->read(sample.path);
+}
+
+std::vector<std::filesystem::path> list_images(const std::filesystem::path& folder) {
+  std::error_code error;
+  if (!std::filesystem::is_directory(folder, error)) fail(ExitCode::input, folder.string(), ": not a folder");
+  std::vector<std::filesystem::path> images;
+  for (const std::string& name : open_store(folder)->names()) {
+    if (is_image_name(name)) images.push_back(folder / name);
+  }
+  if (images.empty()) fail(ExitCode::input, folder.string(), ": no images (jpg, jpeg, png, bmp, ppm, pgm) in it");
+  return images;
+}
+
+}  // namespace pyra::data

@@ -1,0 +1,55 @@
+// Labelled images in folders or in a .tar: VTAB-1k list files, or ImageFolder.
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace pyra::data {
+
+struct Sample {
+  std::string path;  ///< inside the data set
+  int64_t label = 0;
+  std::string origin;  ///< "test.txt:17": the line that names it; empty in an ImageFolder
+};
+
+/// A data set's table of contents; bytes are read on demand, thread-safe. In a .tar nothing is unpacked: members are
+/// found by one pass over the headers and read in place, so a compressed one is refused. Links, absolute names and
+/// ".." in a .tar are ignored; in a list file the latter two are errors.
+///
+/// List files hold lines `path label`, split at the last space; blank lines and CRLF are fine. Every fault of a line
+/// is Error(input) naming list and line when the data set is opened, a missing image when it is read.
+class Dataset {
+ public:
+  /// `path` is a folder or a .tar holding train800.txt … test.txt (and maybe classes.txt) at its root or in its only
+  /// folder, or an ImageFolder: <split>/<class>/<image>, or <class>/<image>, where a fifth of each class, chosen by
+  /// `split_seed`, becomes "test" and the rest "train". Classes are sorted by name. Error(input).
+  [[nodiscard]] static Dataset open(const std::filesystem::path& path, uint64_t split_seed = 0);
+  ~Dataset();
+  Dataset(Dataset&&) noexcept;
+  Dataset& operator=(Dataset&&) noexcept;
+
+  [[nodiscard]] const std::filesystem::path& path() const;
+  [[nodiscard]] const std::vector<std::string>& class_names() const;  ///< by label; "0", "1", … when unnamed
+  [[nodiscard]] int64_t num_classes() const;
+  /// "train800", "val200", "train800val200" (also called "train"), "train", "val", "test", or an ImageFolder's own.
+  [[nodiscard]] std::vector<std::string> splits() const;
+  /// Error(input) naming the splits that exist.
+  [[nodiscard]] const std::vector<Sample>& split(const std::string& name) const;
+  [[nodiscard]] bool has_split(const std::string& name) const;
+  /// The encoded bytes of a sample; Error(input) naming list file and line when it is missing.
+  [[nodiscard]] std::vector<uint8_t> read(const Sample& sample) const;
+  /// How messages name a sample: "set.tar: images/1.png (test.txt:17)".
+  [[nodiscard]] std::string describe(const Sample& sample) const;
+
+ private:
+  struct State;
+  explicit Dataset(std::shared_ptr<State> state);
+  std::shared_ptr<State> state_;
+};
+
+/// The images in a folder and below it, sorted; Error(input) when there are none.
+[[nodiscard]] std::vector<std::filesystem::path> list_images(const std::filesystem::path& folder);
+
+}  // namespace pyra::data

@@ -1,0 +1,110 @@
+#include "data/file_store.h"
+
+#include <fstream>
+
+#include "base/error.h"
+
+namespace pyra::data {
+namespace {
+
+namespace fs = std::filesystem;
+
+class FolderStore final : public FileStore {
+ public:
+  explicit FolderStore(fs::path root) : root_(std::move(root)) {}
+
+  bool contains(const std::string& name) const override {
+    std::error_code ignored;
+    return fs::is_regular_file(root_ / name, ignored);
+  }
+
+  std::vector<uint8_t> read(const std::string& name) const override {
+    const fs::path path = root_ / name;
+    std::error_code error;
+    const uint64_t size = fs::file_size(path, error);
+    if (error) fail(ExitCode::input, path.string(), ": ", error.message());
+    if (size > kMaxFileBytes) fail(ExitCode::input, path.string(), ": ", size, " bytes; at most ", kMaxFileBytes);
+    std::vector<uint8_t> bytes(size);
+    std::ifstream in(path, std::ios::binary);
+    if (!in.read(reinterpret_cast<char*>(bytes.data()), std::streamsize(size))) {
+      fail(ExitCode::input, path.string(), ": cannot be read");
+    }
+    return bytes;
+  }
+
+  std::vector<std::string> names() const override {
+    std::vector<std::string> found;
+    list("", 0, found);
+    std::ranges::sort(found);
+    return found;
+  }
+
+  std::optional<std::string> only_folder() const override {
+    std::optional<std::string> only;
+    for (const auto& item : items(root_)) {
+      if (!item.is_directory() || is_hidden(item.path().filename().string())) continue;
+      if (only) return {};
+      only = item.path().filename().string();
+    }
+    return only;
+  }
+
+  std::string describe(const std::string& name) const override { return (root_ / name).string(); }
+
+ private:
+  static fs::directory_iterator items(const fs::path& folder) {
+    std::error_code error;
+    fs::directory_iterator found(folder, error);
+    if (error) fail(ExitCode::input, folder.string(), ": ", error.message());
+    return found;
+  }
+
+  // Links to folders are followed, as data sets are often assembled from them; the depth bounds a cycle.
+  void list(const std::string& below, int depth, std::vector<std::string>& found) const {
+    if (depth == kMaxFolderDepth) return;
+    for (const auto& item : items(root_ / below)) {
+      const std::string name = item.path().filename().string();
+      if (is_hidden(name)) continue;
+      std::error_code ignored;
+      if (item.is_directory(ignored)) {
+        list(below + name + '/', depth + 1, found);
+      } else if (item.is_regular_file(ignored)) {
+        if (found.size() == kMaxFiles) fail(ExitCode::input, root_.string(), ": more than ", kMaxFiles, " files");
+        found.push_back(below + name);
+      }
+    }
+  }
+
+  fs::path root_;
+};
+
+}  // namespace
+
+std::unique_ptr<FileStore> open_store(const fs::path& path) {
+  std::error_code error;
+  const fs::file_status status = fs::status(path, error);
+  if (fs::is_directory(status)) return std::make_unique<FolderStore>(path);
+  if (fs::is_regular_file(status)) return open_tar(path);
+  fail(ExitCode::input, path.string(), ": ",
+       fs::exists(status) ? "neither a folder nor a .tar" : "no such file or folder",
+       "; a data set is a folder or a .tar");
+}
+
+std::optional<std::string> safe_path(std::string_view path) {
+  if (path.starts_with('/') || path.find('\0') != std::string_view::npos) return {};
+  std::string clean;
+  for (const std::string& part : split(path, '/')) {
+    if (part == "..") return {};
+    if (part.empty() || part == ".") continue;
+    if (!clean.empty()) clean += '/';
+    clean += part;
+  }
+  if (clean.empty()) return {};
+  return clean;
+}
+
+bool is_hidden(std::string_view path) {
+  return path.starts_with('.') || path.find("/.") != std::string_view::npos;
+}
+
+}  // namespace pyra::data

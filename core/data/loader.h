@@ -1,0 +1,55 @@
+// Decoded, prepared images of one split, kept as uint8 in memory once decoded; batches in a seeded order.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/progress.h"
+#include "data/dataset.h"
+#include "nn/preprocess.h"
+
+namespace pyra::data {
+
+enum class BadImages { fail, skip };
+
+struct BadImage {
+  std::string path, reason;
+};
+
+/// All images of a split, prepared: decoded in parallel.
+struct ImageSet {
+  at::Tensor images;  ///< [n,size,size,3] uint8
+  at::Tensor labels;  ///< [n] int64
+  std::vector<std::string> paths;
+  std::vector<BadImage> skipped;  ///< left out of images and labels, never replaced
+};
+
+/// Error(input) at the first bad image of the split unless `bad` is skip; then all that were skipped are listed.
+/// Decodes on at::get_num_threads() threads, which changes nothing in the result. Error(device) when the images would
+/// take more than 32 GiB; Error(interrupted or terminated) soon after a signal is pending.
+[[nodiscard]] ImageSet load_split(const Dataset& dataset, const std::string& split, const nn::Preprocess& preprocess,
+                                  BadImages bad = BadImages::fail, Progress& progress = silent_progress());
+
+/// uint8 [B,H,W,3] -> fp32 [B,3,H,W]: (x/255 - mean)/std, channel by channel.
+[[nodiscard]] at::Tensor normalise(const at::Tensor& images, const nn::Preprocess& preprocess);
+
+struct Augment {
+  bool hflip = false;
+  /// Scale 0.08..1, ratio 3/4..4/3, bicubic: of the prepared image that is kept in memory, not of the file's.
+  bool random_resized_crop = false;
+};
+
+/// The order of an epoch: a permutation of 0..n-1 by (seed, epoch); training drops the last incomplete batch.
+[[nodiscard]] std::vector<int64_t> epoch_order(int64_t n, uint64_t seed, int64_t epoch);
+
+/// Rows `indices` of the set, augmented by (seed, epoch, index) and by nothing else, normalised: {images [B,3,S,S],
+/// labels [B]}.
+struct Batch {
+  at::Tensor images, labels;
+};
+[[nodiscard]] Batch make_batch(const ImageSet& set, const std::vector<int64_t>& indices,
+                               const nn::Preprocess& preprocess, const Augment& augment, uint64_t seed, int64_t epoch);
+
+}  // namespace pyra::data

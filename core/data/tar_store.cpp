@@ -1,0 +1,178 @@
+#include <archive.h>
+#include <archive_entry.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <unordered_map>
+
+#include "base/error.h"
+#include "data/file_store.h"
+
+namespace pyra::data {
+namespace {
+
+constexpr size_t kMaxNameBytes = 4096;
+
+struct Extent {
+  uint64_t offset = 0, size = 0;
+};
+using Index = std::unordered_map<std::string, Extent>;
+
+class Descriptor {
+ public:
+  explicit Descriptor(const std::string& path) : fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+    if (fd_ < 0) fail(ExitCode::input, path, ": ", std::strerror(errno));
+  }
+  ~Descriptor() { close(fd_); }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  [[nodiscard]] int get() const { return fd_; }
+
+ private:
+  int fd_;
+};
+
+struct Free {
+  void operator()(archive* reader) const { archive_read_free(reader); }
+};
+using Reader = std::unique_ptr<archive, Free>;
+
+/// Members of a compressed archive have no place of their own in the file.
+void refuse_compressed(int fd, const std::string& path) {
+  static constexpr std::pair<std::string_view, const char*> kCompressed[] = {{"\x1f\x8b", "gzip"},
+                                                                             {"\xfd"
+                                                                              "7zXZ",
+                                                                              "xz"},
+                                                                             {"\x28\xb5\x2f\xfd", "zstd"},
+                                                                             {"BZh", "bzip2"},
+                                                                             {"PK\x03\x04", "zip"}};
+  char magic[8] = {};
+  const ssize_t count = pread(fd, magic, sizeof magic, 0);
+  for (const auto& [prefix, tool] : kCompressed) {
+    if (std::string_view(magic, count > 0 ? size_t(count) : 0).starts_with(prefix)) {
+      fail(ExitCode::input, path, ": compressed (", tool,
+           "); images are read in place, so unpack it to a plain .tar first");
+    }
+  }
+}
+
+/// The member's safe name, or nothing for what is no plain file inside the archive's root: folders, links, devices,
+/// absolute names, "..", sparse files (their bytes do not lie in one piece).
+std::optional<std::string> file_name(archive_entry* entry) {
+  if (archive_entry_filetype(entry) != AE_IFREG || archive_entry_hardlink(entry) || archive_entry_symlink(entry) ||
+      archive_entry_sparse_count(entry) > 0) {
+    return {};
+  }
+  // In the C locale only one of the two spellings can be had, depending on how the archive was written.
+  const char* name = archive_entry_pathname(entry);
+  if (!name) name = archive_entry_pathname_utf8(entry);
+  if (!name || std::strlen(name) > kMaxNameBytes) return {};
+  return safe_path(name);
+}
+
+void add_member(archive* reader, archive_entry* entry, uint64_t file_size, const std::string& path, Index& index) {
+  const auto name = file_name(entry);
+  if (!name) return;
+  const auto size = archive_entry_size(entry), offset = archive_filter_bytes(reader, 0);
+  if (size < 0 || offset < 0 || uint64_t(offset) > file_size || uint64_t(size) > file_size - uint64_t(offset)) {
+    fail(ExitCode::input, path, ": member ", *name, " of ", size, " bytes at ", offset,
+         " does not fit in the archive's ", file_size, " bytes; the archive is cut or damaged");
+  }
+  // As tar itself does: a later member of the same name replaces an earlier one.
+  index.insert_or_assign(*name, Extent{uint64_t(offset), uint64_t(size)});
+}
+
+Index read_index(int fd, uint64_t file_size, const std::string& path) {
+  const Reader reader(archive_read_new());
+  if (!reader) fail(ExitCode::device, path, ": no memory for an archive reader");
+  constexpr size_t kBlockBytes = 64 << 10;
+  const auto refuse = [&] {
+    const char* reason = archive_error_string(reader.get());
+    fail(ExitCode::input, path, ": not a readable .tar: ", reason ? reason : "unknown reason");
+  };
+  if (archive_read_support_format_tar(reader.get()) != ARCHIVE_OK ||
+      archive_read_open_fd(reader.get(), fd, kBlockBytes) != ARCHIVE_OK) {
+    refuse();
+  }
+  Index index;
+  for (size_t count = 0;; ++count) {
+    archive_entry* entry = nullptr;
+    const int status = archive_read_next_header(reader.get(), &entry);
+    if (status == ARCHIVE_EOF) return index;
+    if (status < ARCHIVE_WARN) refuse();
+    if (count == kMaxFiles) fail(ExitCode::input, path, ": more than ", kMaxFiles, " members");
+    add_member(reader.get(), entry, file_size, path, index);
+  }
+}
+
+uint64_t size_of(int fd, const std::string& path) {
+  struct stat status {};
+  if (fstat(fd, &status) != 0) fail(ExitCode::input, path, ": ", std::strerror(errno));
+  return uint64_t(status.st_size);
+}
+
+class TarStore final : public FileStore {
+ public:
+  explicit TarStore(const std::string& path) : path_(path), file_(path) {
+    refuse_compressed(file_.get(), path);
+    index_ = read_index(file_.get(), size_of(file_.get(), path), path);
+  }
+
+  bool contains(const std::string& name) const override { return index_.contains(name); }
+
+  std::vector<uint8_t> read(const std::string& name) const override {
+    const auto found = index_.find(name);
+    if (found == index_.end()) fail(ExitCode::input, describe(name), ": no such member");
+    const Extent extent = found->second;
+    if (extent.size > kMaxFileBytes) {
+      fail(ExitCode::input, describe(name), ": ", extent.size, " bytes; at most ", kMaxFileBytes);
+    }
+    std::vector<uint8_t> bytes(extent.size);
+    for (uint64_t done = 0; done < extent.size;) {
+      const ssize_t count = pread(file_.get(), bytes.data() + done, extent.size - done, off_t(extent.offset + done));
+      if (count < 0 && errno == EINTR) continue;
+      if (count <= 0) {
+        fail(ExitCode::input, describe(name), ": ", count < 0 ? std::strerror(errno) : "the archive became shorter");
+      }
+      done += uint64_t(count);
+    }
+    return bytes;
+  }
+
+  std::vector<std::string> names() const override {
+    std::vector<std::string> found;
+    for (const auto& [name, extent] : index_) {
+      if (!is_hidden(name)) found.push_back(name);
+    }
+    std::ranges::sort(found);
+    return found;
+  }
+
+  std::optional<std::string> only_folder() const override {
+    std::optional<std::string> only;
+    for (const auto& [name, extent] : index_) {
+      const size_t slash = name.find('/');
+      if (slash == std::string::npos || is_hidden(name)) continue;
+      if (only && name.substr(0, slash) != *only) return {};
+      only = name.substr(0, slash);
+    }
+    return only;
+  }
+
+  std::string describe(const std::string& name) const override { return path_ + ": " + name; }
+
+ private:
+  std::string path_;
+  Descriptor file_;
+  Index index_;
+};
+
+}  // namespace
+
+std::unique_ptr<FileStore> open_tar(const std::filesystem::path& path) {
+  return std::make_unique<TarStore>(path.string());
+}
+
+}  // namespace pyra::data
