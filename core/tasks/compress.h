@@ -1,0 +1,59 @@
+// Gives a model a token merger, shows what that changes, and writes the result.
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/progress.h"
+#include "tasks/run_model.h"
+
+namespace pyra::tasks {
+
+struct CompressOptions {
+  /// `run.set` takes the merger's own parameters: "merge.partition=random".
+  RunOptions run;
+  std::string merge;  ///< the merger's name
+  /// Exactly one of the three.
+  std::string schedule;                  ///< as design.md: low, high, N, N@inflection, a,b,c, file.toml
+  std::string target_macs;               ///< "0.5" of the dense model's, or an absolute count
+  std::optional<double> target_speedup;  ///< measured, over the dense model
+  std::filesystem::path out;
+  bool proportional_attention = true;
+  bool measure = true;  ///< time both models; always done for a target_speedup
+  int64_t batch = 32;
+};
+
+/// One column of the comparison.
+struct CompressSide {
+  std::string label;            ///< "dense", "tome-high"
+  std::vector<int64_t> tokens;  ///< leaving each block
+  int64_t macs = 0;             ///< of one image
+  int64_t parameters = 0;
+  std::optional<double> seconds;  ///< median for one batch
+};
+
+struct CompressResult {
+  CompressSide dense, compressed;
+  std::string arch, dtype;
+  int64_t image_size = 0, batch = 0, runs = 0;      ///< runs: timed pairs
+  std::vector<int64_t> remove, prune, merge;        ///< the resolved schedule
+  std::optional<double> speedup;                    ///< median over pairs of dense time / compressed time
+  std::optional<double> speedup_low, speedup_high;  ///< quartiles of the same
+};
+
+/// Writes `out` only after everything else succeeded. Error(usage): the merger has to be trained first, the model
+/// already carries a trained one, a target that no schedule reaches by counting. Error(untrusted), with the figures:
+/// a speed-up that was not reached on this machine.
+[[nodiscard]] CompressResult compress(const CompressOptions& options, const host::PluginRegistry& plugins,
+                                      Progress& progress = silent_progress());
+
+/// The lightest cut that fits: removal counts, one a block, whose multiply-adds are the largest not above `target`
+/// among the schedules that take r + 1 tokens in the first blocks and r in the others. `macs_of` counts a schedule and
+/// never grows with it. Empty when even `limit` tokens a block leave more than `target`.
+[[nodiscard]] std::vector<int64_t> schedule_for_macs(
+    int64_t target, int64_t depth, int64_t limit, const std::function<int64_t(const std::vector<int64_t>&)>& macs_of);
+
+}  // namespace pyra::tasks

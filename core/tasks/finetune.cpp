@@ -1,0 +1,487 @@
+#include "tasks/finetune.h"
+
+#include <sys/resource.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+
+#include "base/error.h"
+#include "engine/cpu_engine.h"
+#include "io/atomic_file.h"
+#include "io/json.h"
+#include "io/safetensors.h"
+#include "tasks/finetune_state.h"
+#include "tasks/run_folder.h"
+#include "tasks/training_plan.h"
+#include "tasks/tuned_model.h"
+#include "train/checkpoint.h"
+#include "train/metrics_log.h"
+
+namespace pyra::tasks {
+namespace fs = std::filesystem;
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr int64_t kEvalBatch = 64;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+bool holds_something(const fs::path& folder) {
+  std::error_code error;
+  return fs::exists(folder) && (!fs::is_directory(folder) || !fs::is_empty(folder, error));
+}
+
+void check_options(const FinetuneOptions& options) {
+  const io::TrainSettings& train = options.recipe.train;
+  if (options.recipe.data.empty()) {
+    fail(ExitCode::usage, "no data to train on: set `data = \"FOLDER or .tar\"` in the recipe or give --data");
+  }
+  const auto at_least = [](const char* key, double value, double minimum) {
+    if (!(value >= minimum)) fail(ExitCode::usage, key, " is ", value, ", expected at least ", minimum);
+  };
+  at_least("train.epochs", double(train.epochs), 1);
+  at_least("train.batch", double(train.batch), 1);
+  at_least("train.max_seconds", train.max_seconds, 0);
+  at_least("train.warmup_epochs", double(train.warmup_epochs), 0);
+  at_least("train.checkpoint_every", double(train.checkpoint_every), 0);
+  at_least("train.eval_every", double(train.eval_every), 0);
+  at_least("train.merge_lr", train.merge_lr, 0);
+  for (const double lr : train.lr) {
+    if (!(lr > 0)) fail(ExitCode::usage, "train.lr is ", lr, ", expected a positive number");
+  }
+}
+
+void check_out(const FinetuneOptions& options) {
+  const fs::path& out = options.recipe.out;
+  if (out.empty()) fail(ExitCode::usage, "no run folder: give --out RUN or set `out = \"RUN\"` in the recipe");
+  if (!options.resume && holds_something(out)) {
+    fail(ExitCode::usage, out.string(),
+         ": is there already and not empty; go on with it by --resume, or give another --out");
+  }
+}
+
+train::LoopSettings loop_settings(const io::Recipe& recipe, double lr) {
+  const io::TrainSettings& t = recipe.train;
+  return {.schedule = {.peak = lr,
+                       .warmup_lr = t.warmup_lr,
+                       .min_lr = t.min_lr,
+                       .warmup_epochs = t.warmup_epochs,
+                       .epochs = t.epochs},
+          .merge_lr = t.merge_lr,
+          .max_seconds = t.max_seconds,
+          .adamw = {.weight_decay = t.weight_decay},
+          .batch = t.batch,
+          .drop_path = t.drop_path,
+          .augment = {.hflip = t.hflip, .random_resized_crop = t.random_resized_crop},
+          .seed = uint64_t(recipe.seed),
+          .compute = compute_dtype(recipe.dtype)};
+}
+
+int64_t element_count(const sdk::TensorMap& tensors) {
+  int64_t count = 0;
+  for (const auto& [name, tensor] : tensors) count += tensor.numel();
+  return count;
+}
+
+std::string peft_label(const Model& model) {
+  return model.vit->peft() ? model.vit->peft()->name : "none";
+}
+
+std::map<std::string, std::string> plugin_versions(const Model& model, const host::PluginRegistry& plugins) {
+  std::map<std::string, std::string> versions;
+  if (const auto* peft = model.vit->peft()) versions["peft " + peft->name] = plugins.info("peft", peft->name).version;
+  if (const auto* merge = model.vit->merge()) {
+    versions["merge " + merge->name] = plugins.info("merge", merge->name).version;
+  }
+  return versions;
+}
+
+std::string train_note(const train::Loop& loop, double max_seconds) {
+  char text[96];
+  std::snprintf(text, sizeof text, "loss %.3f  lr %.1e", loop.last_loss(), loop.last_lr());
+  if (max_seconds <= 0) return text;
+  char clock[48];
+  std::snprintf(clock, sizeof clock, "  %.0f of %.0f s", loop.position().seconds, max_seconds);
+  return std::string(text) + clock;
+}
+
+/// One run, from the recipe to the report.
+class Finetune {
+ public:
+  Finetune(const FinetuneOptions& options, const host::PluginRegistry& plugins, Progress& progress)
+      : options_(options),
+        recipe_(options.recipe),
+        plugins_(plugins),
+        progress_(progress),
+        run_{options.recipe.out},
+        dataset_(data::Dataset::open(recipe_.data, uint64_t(recipe_.seed))),
+        plan_(plan_trainings(recipe_, dataset_)),
+        model_(make_tuned_model(recipe_, {dataset_.class_names()}, plugins, progress)),
+        live_(model_.vit->train_mode()) {
+    for (const auto& [name, tensor] : live_) initial_[name] = tensor.detach().clone();
+    state_.identity = {.recipe = io::to_toml(recipe_),
+                       .model = base_fingerprint(model_),
+                       .data = {},
+                       .plugins = plugin_versions(model_, plugins),
+                       .threads = at::get_num_threads()};
+  }
+
+  FinetuneReport run();
+  DryRunReport dry_run();
+
+ private:
+  const data::ImageSet& images(const std::string& split);
+  void identify_data(const data::ImageSet& set);
+  [[nodiscard]] double rate_of(const Training& training) const;
+  void take_up(std::optional<train::Checkpoint>& checkpoint);
+  void begin_folder();
+  void run_training(const Training& training, const train::Checkpoint* checkpoint);
+  void one_step(const Training& training, train::Loop& loop);
+  [[nodiscard]] bool evaluation_due(const Training& training, const train::Loop& loop) const;
+  void evaluate(const Training& training, train::Loop& loop);
+  [[nodiscard]] std::optional<Evaluation> measure(const std::string& split);
+  void save(const train::Loop& loop);
+  void stop_if_asked(const train::Loop& loop);
+  [[nodiscard]] FinetuneReport report() const;
+  [[nodiscard]] std::string resume_command() const;
+
+  const FinetuneOptions& options_;
+  const io::Recipe& recipe_;
+  const host::PluginRegistry& plugins_;
+  Progress& progress_;
+  RunFolder run_;
+  Clock::time_point start_ = Clock::now();
+  data::Dataset dataset_;
+  std::vector<Training> plan_;
+  Model model_;
+  sdk::TensorMap live_, initial_;  // trained tensors by full name: the model's own, and copies of their first values
+  sdk::TensorMap best_;            // copies at the best evaluation of the current training
+  std::map<std::string, data::ImageSet> sets_;
+  const data::ImageSet* identified_ = nullptr;  // whose fingerprint stands in state_
+  FinetuneState state_;
+  std::optional<train::MetricsLog> log_;
+  train::Position last_position_;
+  int64_t saved_step_ = -1;
+  int64_t images_per_step_ = 0;
+  bool resumed_ = false;
+};
+
+const data::ImageSet& Finetune::images(const std::string& split) {
+  const auto found = sets_.find(split);
+  if (found != sets_.end()) return found->second;
+  return sets_.emplace(split, data::load_split(dataset_, split, model_.file.preprocess, options_.bad_images, progress_))
+      .first->second;
+}
+
+void Finetune::identify_data(const data::ImageSet& set) {
+  if (identified_ == &set) return;
+  state_.identity.data = fingerprint({{"images", set.images}, {"labels", set.labels}});
+  identified_ = &set;
+}
+
+double Finetune::rate_of(const Training& training) const {
+  if (training.lr > 0) return training.lr;
+  const auto better = [](const Choice& a, const Choice& b) { return a.accuracy < b.accuracy; };
+  return std::max_element(state_.choices.begin(), state_.choices.end(), better)->lr;  // the first of equals
+}
+
+FinetuneReport Finetune::run() {
+  std::optional<train::Checkpoint> checkpoint;
+  if (options_.resume) checkpoint = train::read_checkpoint(run_.checkpoint(), progress_);
+  take_up(checkpoint);
+  begin_folder();
+  for (; state_.training < int64_t(plan_.size()); ++state_.training) {
+    const Training& training = plan_[size_t(state_.training)];
+    run_training(training, checkpoint ? &*checkpoint : nullptr);
+    checkpoint.reset();
+    if (!training.trial) continue;
+    state_.choices.push_back({.lr = training.lr, .accuracy = state_.best->accuracy});
+    state_.best.reset();
+    state_.evaluated_step = -1;
+    if (training.train_split != plan_[size_t(state_.training) + 1].train_split) sets_.erase(training.train_split);
+  }
+  write_adapter(run_, model_, recipe_,
+                {.classes = {dataset_.class_names()}, .base_fingerprint = state_.identity.model});
+  const FinetuneReport result = report();
+  io::write_file(run_.report(), to_json(result) + "\n");
+  return result;
+}
+
+/// Goes over to what a checkpoint remembers, once it is certain that it is of this run.
+void Finetune::take_up(std::optional<train::Checkpoint>& checkpoint) {
+  FinetuneState saved;
+  const std::string where = run_.checkpoint().string();
+  if (checkpoint) {
+    saved = parse_state(checkpoint->task, where);
+    if (saved.training >= int64_t(plan_.size()) || saved.training > int64_t(saved.choices.size())) {
+      fail(ExitCode::input, where, ": stands in training ", saved.training, ", the recipe has ", plan_.size());
+    }
+  } else if (options_.resume) {
+    progress_.note(cat(run_.path.string(), ": no checkpoint yet, starting from the beginning"));
+  }
+  identify_data(images(plan_[size_t(saved.training)].train_split));
+  if (!checkpoint) return;
+  check_same_run(saved.identity, state_.identity, run_.path.string(), progress_);
+  saved.identity = std::move(state_.identity);
+  state_ = std::move(saved);
+  resumed_ = true;
+}
+
+/// The first thing that is written, after all that can go wrong with recipe, model and data.
+void Finetune::begin_folder() {
+  std::error_code error;
+  fs::create_directories(run_.path, error);
+  if (error) fail(ExitCode::output, run_.path.string(), ": cannot be created: ", error.message());
+  if (!resumed_) {
+    io::Recipe resolved = recipe_;
+    resolved.model = fs::absolute(recipe_.model);
+    resolved.data = fs::absolute(recipe_.data);
+    resolved.out = fs::absolute(recipe_.out);
+    io::write_file(run_.recipe(), io::to_toml(resolved));
+  }
+  log_.emplace(run_.metrics(), state_.metrics_bytes);
+}
+
+void Finetune::run_training(const Training& training, const train::Checkpoint* checkpoint) {
+  at::NoGradGuard no_gradients;
+  const data::ImageSet& set = images(training.train_split);
+  identify_data(set);
+  for (auto& [name, tensor] : live_) tensor.detach().copy_(initial_.find(name)->second);
+  best_.clear();
+  const double max_seconds = recipe_.train.max_seconds;
+  train::Loop loop(*model_.vit, set, model_.file.preprocess, loop_settings(recipe_, rate_of(training)));
+  images_per_step_ = loop.images_per_step();
+  if (checkpoint) {
+    sdk::TensorMap tensors;
+    for (const auto& [name, tensor] : checkpoint->tensors) {
+      if (name.starts_with("best."))
+        best_.emplace(name.substr(5), tensor);
+      else
+        tensors.emplace(name, tensor);
+    }
+    loop.restore(checkpoint->position, tensors, run_.checkpoint().string());
+    saved_step_ = loop.position().step;
+  } else {
+    save(loop);
+  }
+  const bool timed = max_seconds > 0;
+  const int64_t total = timed ? 0 : loop.steps_per_epoch() * recipe_.train.epochs * images_per_step_;
+  progress_.begin(training.name, total, "images");
+  while (true) {
+    if (evaluation_due(training, loop)) evaluate(training, loop);
+    if (loop.finished()) break;
+    stop_if_asked(loop);
+    try {
+      one_step(training, loop);
+    } catch (const train::Diverged& error) {
+      fail(ExitCode::untrusted, error.what(), "; lower train.lr",
+           recipe_.train.merge_lr > 0 ? " or train.merge_lr" : "", ". The last good checkpoint, of step ", saved_step_,
+           ", is in ", run_.checkpoint().string());
+    }
+    progress_.update(loop.position().step * images_per_step_, train_note(loop, max_seconds));
+  }
+  progress_.end();
+  last_position_ = loop.position();
+  if (training.keep_best) {
+    for (auto& [name, tensor] : live_) tensor.detach().copy_(best_.find(name)->second);
+    model_.vit->weights_changed();
+  }
+}
+
+void Finetune::one_step(const Training& training, train::Loop& loop) {
+  const std::optional<train::EpochReport> epoch = [&] {
+    const at::AutoGradMode gradients(true);
+    return loop.step();
+  }();
+  if (epoch) {
+    log_->append(nlohmann::json{{"kind", "train"},
+                                {"training", training.name},
+                                {"step", epoch->step},
+                                {"epoch", epoch->epoch + 1},
+                                {"loss", epoch->loss},
+                                {"lr", epoch->lr},
+                                {"merge_lr", epoch->merge_lr},
+                                {"gradient_norm", epoch->gradient_norm},
+                                {"accuracy", epoch->accuracy},
+                                {"images_per_second", epoch->images_per_second},
+                                {"seconds", epoch->seconds}}
+                     .dump());
+  }
+  const int64_t every = recipe_.train.checkpoint_every;
+  const bool due = every > 0 ? loop.position().step % every == 0 : epoch.has_value();
+  if (due || loop.finished()) save(loop);
+}
+
+bool Finetune::evaluation_due(const Training& training, const train::Loop& loop) const {
+  const train::Position& at = loop.position();
+  if (at.step == state_.evaluated_step) return false;
+  if (loop.finished()) return true;
+  return training.eval_every > 0 && at.batch == 0 && at.epoch > 0 && at.epoch % training.eval_every == 0;
+}
+
+void Finetune::evaluate(const Training& training, train::Loop& loop) {
+  std::optional<Evaluation> seen = measure(training.eval_split);
+  if (!seen) stop_if_asked(loop);
+  seen->epoch = loop.position().epoch;
+  seen->step = loop.position().step;
+  log_->append(nlohmann::json{{"kind", "eval"},
+                              {"training", training.name},
+                              {"step", seen->step},
+                              {"epoch", seen->epoch},
+                              {"split", training.eval_split},
+                              {"accuracy", seen->accuracy},
+                              {"correct", seen->correct},
+                              {"images", seen->images},
+                              {"images_per_second", seen->images_per_second}}
+                   .dump());
+  state_.evaluated_step = seen->step;
+  const bool better = !training.keep_best || !state_.best || seen->accuracy > state_.best->accuracy;
+  if (!better) return;
+  state_.best = seen;
+  for (const auto& [name, tensor] : live_) best_[name] = tensor.detach().clone();
+  io::write_safetensors(run_.checkpoint() / "best.safetensors", best_);
+}
+
+/// None when a signal asked for the end.
+std::optional<Evaluation> Finetune::measure(const std::string& split) {
+  const data::ImageSet& set = images(split);
+  const int64_t total = set.labels.size(0);
+  if (total == 0) fail(ExitCode::input, recipe_.data.string(), ": split '", split, "' has no image to evaluate");
+  const engine::CpuEngine engine(*model_.vit, compute_dtype(recipe_.dtype));
+  Evaluation seen{.images = total};
+  const auto start = Clock::now();
+  for (int64_t first = 0; first < total; first += kEvalBatch) {
+    if (pending_signal()) return std::nullopt;
+    const int64_t count = std::min(kEvalBatch, total - first);
+    const at::Tensor logits = engine.run(data::normalise(set.images.narrow(0, first, count), model_.file.preprocess));
+    if (!logits.isfinite().all().item<bool>()) {
+      fail(ExitCode::untrusted, "the trained model's logits are not finite on split '", split,
+           "': training diverged; lower train.lr");
+    }
+    seen.correct += (logits.argmax(1) == set.labels.narrow(0, first, count)).sum().item<int64_t>();
+  }
+  seen.accuracy = double(seen.correct) / double(total);
+  seen.images_per_second = double(total) / seconds_since(start);
+  return seen;
+}
+
+void Finetune::save(const train::Loop& loop) {
+  loop.check_finite();
+  state_.metrics_bytes = log_->synced_size();
+  sdk::TensorMap tensors = loop.state();
+  if (plan_[size_t(state_.training)].keep_best) {
+    for (const auto& [name, tensor] : best_) tensors.emplace("best." + name, tensor);
+  }
+  train::write_checkpoint(run_.checkpoint(),
+                          {.position = loop.position(), .tensors = std::move(tensors), .task = to_json(state_)});
+  saved_step_ = loop.position().step;
+}
+
+void Finetune::stop_if_asked(const train::Loop& loop) {
+  const int signal_number = pending_signal();
+  if (signal_number == 0) return;
+  save(loop);
+  fail(static_cast<ExitCode>(128 + signal_number), "stopped by signal ", signal_number, " at step ",
+       loop.position().step, "; everything is saved: go on with `", resume_command(), "`");
+}
+
+FinetuneReport Finetune::report() const {
+  const Training& last = plan_.back();
+  const double lr = rate_of(last);
+  const double images = double(last_position_.step * images_per_step_);
+  FinetuneReport r{.out = run_.path,
+                   .arch = model_.file.config.arch,
+                   .merge = merge_label(model_),
+                   .peft = peft_label(model_),
+                   .dtype = dtype_name(compute_dtype(recipe_.dtype)),
+                   .protocol = recipe_.protocol,
+                   .test_selected = last.keep_best,
+                   .accuracy = state_.best->accuracy,
+                   .correct = state_.best->correct,
+                   .test_images = state_.best->images,
+                   .train_split = last.train_split,
+                   .test_split = last.eval_split,
+                   .lr = lr,
+                   .merge_lr = recipe_.train.merge_lr > 0 ? recipe_.train.merge_lr : lr,
+                   .choices = state_.choices,
+                   .selected_epoch = state_.best->epoch,
+                   .parameters = parameter_count(model_),
+                   .trained_parameters = element_count(live_),
+                   .macs = nn::count_macs(model_.file.config, tokens_after(model_)),
+                   .epochs = last_position_.epoch,
+                   .steps = last_position_.step,
+                   .train_seconds = last_position_.seconds,
+                   .images_per_second = last_position_.seconds > 0 ? images / last_position_.seconds : 0,
+                   .eval_images_per_second = state_.best->images_per_second,
+                   .total_seconds = seconds_since(start_),
+                   .seed = recipe_.seed,
+                   .threads = state_.identity.threads,
+                   .resumed = resumed_};
+  for (const auto& [split, set] : sets_) r.skipped_images += int64_t(set.skipped.size());
+  return r;
+}
+
+DryRunReport Finetune::dry_run() {
+  const Training& last = plan_.back();
+  const double lr = last.lr > 0 ? last.lr : recipe_.train.lr.front();
+  const data::ImageSet& set = images(last.train_split);
+  train::Loop loop(*model_.vit, set, model_.file.preprocess, loop_settings(recipe_, lr));
+  const nn::VitConfig& config = model_.file.config;
+  DryRunReport r{.arch = config.arch,
+                 .merge = merge_label(model_),
+                 .peft = peft_label(model_),
+                 .dtype = dtype_name(compute_dtype(recipe_.dtype)),
+                 .protocol = recipe_.protocol,
+                 .image_size = config.image_size,
+                 .tokens = tokens_after(model_),
+                 .train_images = set.labels.size(0),
+                 .test_images = int64_t(dataset_.split(last.eval_split).size()),
+                 .classes = dataset_.num_classes(),
+                 .batch = loop.images_per_step(),
+                 .steps_per_epoch = loop.steps_per_epoch(),
+                 .parameters = parameter_count(model_),
+                 .macs = nn::count_macs(config, tokens_after(model_))};
+  if (r.tokens.empty()) r.tokens.assign(size_t(config.depth), config.tokens());
+  r.tokens.insert(r.tokens.begin(), config.tokens());
+  for (const char* group : {"head", "model", "peft", "merge"}) {
+    int64_t count = 0;
+    for (const auto& [name, tensor] : live_) count += tensor_group(name) == group ? tensor.numel() : 0;
+    r.trained.emplace_back(group, count);
+  }
+  for (const Training& training : plan_) {
+    const auto n = int64_t(dataset_.split(training.train_split).size());
+    r.steps += std::max<int64_t>(1, n / recipe_.train.batch) * recipe_.train.epochs;
+  }
+  (void)loop.step();
+  r.step_seconds = loop.position().seconds;
+  r.estimated_seconds = double(r.steps) * r.step_seconds;
+  if (const double limit = recipe_.train.max_seconds * double(plan_.size()); limit > 0) {
+    r.estimated_seconds = std::min(r.estimated_seconds, limit);
+  }
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  r.peak_memory_bytes = int64_t(usage.ru_maxrss) * 1024;
+  return r;
+}
+
+std::string Finetune::resume_command() const {
+  return cat("pyractl finetune --out ", run_.path.string(), " --resume");
+}
+
+}  // namespace
+
+FinetuneReport finetune(const FinetuneOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
+  check_options(options);
+  check_out(options);
+  return Finetune(options, plugins, progress).run();
+}
+
+DryRunReport finetune_dry_run(const FinetuneOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
+  check_options(options);
+  return Finetune(options, plugins, progress).dry_run();
+}
+
+}  // namespace pyra::tasks

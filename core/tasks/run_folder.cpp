@@ -1,0 +1,142 @@
+#include "tasks/run_folder.h"
+
+#include "base/error.h"
+#include "io/atomic_file.h"
+#include "io/json.h"
+#include "io/safetensors.h"
+
+namespace pyra::tasks {
+namespace fs = std::filesystem;
+namespace {
+
+constexpr const char* kPrefix = "base_model.model.";  // peft's, before every name
+constexpr const char* kEntry = "pyra";
+
+fs::path adapter_file(const RunFolder& run) {
+  return run.adapter() / "adapter_model.safetensors";
+}
+fs::path merge_file(const RunFolder& run) {
+  return run.adapter() / "merge.safetensors";
+}
+
+/// The tensors of adapter_model.safetensors, by the names they have there; they share the model's storage.
+sdk::TensorMap adapter_tensors(const Model& model) {
+  sdk::TensorMap tensors;
+  const nn::PeftSetup* peft = model.vit->peft();
+  for (const auto& [name, tensor] : model.vit->weights()) {
+    const bool trained = tensor_group(name) == "head" || (peft && peft->method->trains(name));
+    if (trained) tensors.emplace(kPrefix + name, tensor.detach());
+  }
+  if (peft) {
+    for (const auto& [name, tensor] : peft->learned) tensors.emplace(kPrefix + name, tensor.detach());
+  }
+  return tensors;
+}
+
+sdk::TensorMap merge_tensors(const Model& model) {
+  sdk::TensorMap tensors;
+  if (const nn::MergeSetup* merge = model.vit->merge()) {
+    for (const auto& [name, tensor] : merge->learned) tensors.emplace(name, tensor.detach());
+  }
+  return tensors;
+}
+
+std::string config_json(const Model& model, const io::Recipe& recipe) {
+  std::string type = recipe.peft.name;
+  for (char& c : type) c = c >= 'a' && c <= 'z' ? char(c - 'a' + 'A') : c;
+  nlohmann::json modules = {"head"};
+  if (model.file.config.distilled) modules.push_back("head_dist");
+  nlohmann::json config{{"peft_type", type},
+                        {"task_type", nullptr},
+                        {"base_model_name_or_path", recipe.model.string()},
+                        {"inference_mode", true},
+                        {"modules_to_save", modules}};
+  if (const nn::PeftSetup* peft = model.vit->peft()) {
+    const std::string where = cat("peft '", peft->name, "': adapter_config");
+    try {
+      config.update(io::parse_json(peft->method->adapter_config(model.file.config.shape()), where));
+    } catch (const nlohmann::json::exception& error) {
+      fail(ExitCode::plugin, where, ": ", io::json_reason(error));
+    }
+  }
+  return config.dump(2) + "\n";
+}
+
+/// Every tensor of `target` from the file, all checked before the first is copied.
+void load_tensors(const fs::path& path, const sdk::TensorMap& target) {
+  const io::SafetensorsFile file(path);
+  for (const auto& [name, entry] : file.entries()) {
+    if (!target.contains(name)) fail(ExitCode::input, path.string(), ": tensor '", name, "' is none of this model's");
+  }
+  std::vector<at::Tensor> loaded;
+  for (const auto& [name, tensor] : target) {
+    const at::Tensor value = file.tensor(name);
+    if (value.sizes() != tensor.sizes() || !value.is_floating_point()) {
+      fail(ExitCode::input, path.string(), ": tensor '", name, "' is ", value.scalar_type(), " ", value.sizes(),
+           ", expected fp32 ", tensor.sizes());
+    }
+    if (!value.isfinite().all().item<bool>()) {
+      fail(ExitCode::input, path.string(), ": tensor '", name, "' holds values that are not finite");
+    }
+    loaded.push_back(value);
+  }
+  auto value = loaded.begin();
+  for (const auto& [name, tensor] : target) at::Tensor(tensor).copy_(*value++);
+}
+
+}  // namespace
+
+void write_adapter(const RunFolder& run, const Model& model, const io::Recipe& recipe, const AdapterInfo& info) {
+  std::error_code error;
+  fs::create_directories(run.adapter(), error);
+  if (error) fail(ExitCode::output, run.adapter().string(), ": cannot be created: ", error.message());
+  const nlohmann::json about{{"classes", info.classes.names}, {"base", info.base_fingerprint}};
+  io::write_file(run.adapter() / "adapter_config.json", config_json(model, recipe));
+  io::write_safetensors(adapter_file(run), adapter_tensors(model), {{kEntry, about.dump()}});
+  if (const sdk::TensorMap tensors = merge_tensors(model); !tensors.empty()) {
+    io::write_safetensors(merge_file(run), tensors, {{"merge", model.vit->merge()->name}});
+  }
+}
+
+AdapterInfo read_adapter_info(const RunFolder& run) {
+  const fs::path path = adapter_file(run);
+  if (!fs::exists(path)) {
+    fail(ExitCode::input, run.path.string(), ": holds no adapter (", path.string(),
+         " is missing): expected a run folder that `pyractl finetune` has finished");
+  }
+  const io::SafetensorsFile file(path);
+  const auto entry = file.metadata().find(kEntry);
+  if (entry == file.metadata().end()) {
+    fail(ExitCode::input, path.string(), ": metadata '", kEntry, "' is missing: it was not written by pyractl");
+  }
+  const std::string where = cat(path.string(), ": metadata '", kEntry, "'");
+  const nlohmann::json about = io::parse_json(entry->second, where);
+  try {
+    return {.classes = {about.at("classes").get<std::vector<std::string>>()},
+            .base_fingerprint = about.at("base").get<std::string>()};
+  } catch (const nlohmann::json::exception& error) {
+    fail(ExitCode::input, where, ": ", io::json_reason(error));
+  }
+}
+
+void load_adapter(const RunFolder& run, Model& model, const AdapterInfo& info) {
+  if (const std::string base = base_fingerprint(model); base != info.base_fingerprint) {
+    fail(ExitCode::input, run.path.string(), ": was trained on another base model (fingerprint ", info.base_fingerprint,
+         ") than the one its run.toml names now (", base, "): restore that file");
+  }
+  const sdk::TensorMap merge = merge_tensors(model);
+  load_tensors(adapter_file(run), adapter_tensors(model));
+  if (!merge.empty()) load_tensors(merge_file(run), merge);
+  model.vit->weights_changed();
+  model.vit->eval_mode();
+}
+
+std::string base_fingerprint(const Model& model) {
+  sdk::TensorMap base;
+  for (const auto& [name, tensor] : model.vit->weights()) {
+    if (tensor_group(name) != "head") base.emplace(name, tensor);
+  }
+  return fingerprint(base);
+}
+
+}  // namespace pyra::tasks
