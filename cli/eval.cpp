@@ -1,0 +1,99 @@
+// pyractl eval: accuracy and speed of a model on a data set.
+#include "tasks/eval.h"
+
+#include <iomanip>
+
+#include "base/text.h"
+#include "command.h"
+
+namespace pyra::cli {
+namespace {
+
+nlohmann::json to_json(const tasks::EvalOptions& options, const tasks::EvalResult& result) {
+  const auto share = [&](int64_t correct) { return double(correct) / double(result.images); };
+  nlohmann::json skipped = nlohmann::json::array();
+  for (const auto& [path, reason] : result.skipped) skipped.push_back({{"path", path}, {"reason", reason}});
+  nlohmann::json document{{"model", options.run.model.string()},
+                          {"data", options.data.string()},
+                          {"split", options.split},
+                          {"arch", result.arch},
+                          {"merge", result.merge},
+                          {"dtype", result.dtype},
+                          {"images", result.images},
+                          {"correct", result.correct},
+                          {"top1", share(result.correct)},
+                          {"loss", result.loss},
+                          {"batch", options.batch},
+                          {"forward_images_per_second", result.forward_images_per_second},
+                          {"images_per_second", result.images_per_second},
+                          {"macs", result.macs},
+                          {"params", result.parameters},
+                          {"skipped", skipped},
+                          {"provenance", result.provenance}};
+  if (result.correct_top5) document["top5"] = share(*result.correct_top5);
+  return document;
+}
+
+void print_human(std::ostream& out, const tasks::EvalOptions& options, const tasks::EvalResult& result) {
+  const auto percent = [&](int64_t correct) {
+    return cat(std::fixed, std::setprecision(2), 100.0 * double(correct) / double(result.images), "% (", correct,
+               " of ", result.images, ")");
+  };
+  out << "model   " << options.run.model.string() << " (" << result.arch << ", " << result.merge << ", " << result.dtype
+      << ")\n"
+      << "data    " << options.data.string() << ", split " << options.split << "\n";
+  for (const auto& [key, value] : result.provenance) out << std::left << std::setw(8) << key << " " << value << "\n";
+  out << "top-1   " << percent(result.correct) << "\n";
+  if (result.correct_top5) out << "top-5   " << percent(*result.correct_top5) << "\n";
+  out << std::fixed << std::setprecision(4) << "loss    " << result.loss << "\n"
+      << std::setprecision(1) << "speed   " << result.forward_images_per_second << " images/s forward, "
+      << result.images_per_second << " images/s with decoding, batch " << options.batch << "\n"
+      << "cost    " << grouped(result.macs) << " MACs an image, " << grouped(result.parameters) << " parameters\n";
+  if (!result.skipped.empty()) {
+    out << "skipped " << result.skipped.size() << " images, left out of every figure above:\n";
+    for (const auto& [path, reason] : result.skipped) out << "        " << path << ": " << reason << "\n";
+  }
+}
+
+}  // namespace
+
+void add_eval(CLI::App& root, Session& session) {
+  CLI::App* command = add_command(root, session, "eval", "Accuracy and speed of a model on a data set");
+  const auto options = std::make_shared<tasks::EvalOptions>();
+  const auto bad_images = std::make_shared<std::string>("fail");
+  command->add_option("MODEL", options->run.model, "Model file (.safetensors, ours or timm's)")
+      ->required()
+      ->type_name("");
+  command->add_option("--data", options->data, "Folder or .tar: list files, or an image folder")
+      ->required()
+      ->type_name("PATH");
+  command->add_option("--split", options->split, "Which images")->type_name("NAME")->capture_default_str();
+  command->add_option("--batch", options->batch, "Images at once")
+      ->type_name("N")
+      ->check(CLI::Range(1, 65536).description(""))
+      ->capture_default_str();
+  command->add_option("--predictions", options->predictions, "Write path,label,predicted,probability as CSV")
+      ->type_name("FILE");
+  command->add_option("--bad-images", *bad_images, "At an image that does not decode: fail, or skip it and say so")
+      ->check(CLI::IsMember({"fail", "skip"}).description(""))
+      ->type_name("fail|skip")
+      ->capture_default_str();
+  command->footer(R"(
+Examples:
+  pyractl eval vit.safetensors --data task.tar
+  pyractl eval vit.safetensors --data task.tar --set merge.name=tome --set merge.schedule=high
+  pyractl eval vit.safetensors --data photos/ --split val --predictions wrong.csv --json)");
+  command->callback([&session, options, bad_images] {
+    session.action = [&session, options, bad_images] {
+      options->run.device = session.globals.device;
+      options->run.dtype = session.globals.dtype;
+      options->run.set = session.globals.set;
+      options->skip_bad_images = *bad_images == "skip";
+      const tasks::EvalResult result = tasks::evaluate(*options, session.plugins(), session.progress());
+      session.print(to_json(*options, result), [&](std::ostream& out) { print_human(out, *options, result); });
+      return 0;
+    };
+  });
+}
+
+}  // namespace pyra::cli

@@ -1,0 +1,89 @@
+// pyractl predict: what single images show.
+#include "tasks/predict.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <iomanip>
+
+#include "base/error.h"
+#include "command.h"
+
+namespace pyra::cli {
+namespace {
+
+constexpr size_t kMaxStdinBytes = 256 << 20;
+
+std::string read_stdin() {
+  std::string bytes;
+  std::string piece(1 << 16, '\0');
+  for (;;) {
+    const ssize_t count = ::read(STDIN_FILENO, piece.data(), piece.size());
+    if (count < 0 && errno == EINTR) {
+      tasks::stop_if_asked("reading stdin");
+      continue;
+    }
+    if (count < 0) fail(ExitCode::input, "stdin cannot be read: ", std::strerror(errno));
+    if (count == 0) break;
+    bytes.append(piece, 0, size_t(count));
+    if (bytes.size() > kMaxStdinBytes)
+      fail(ExitCode::input, "stdin has more than ", kMaxStdinBytes, " bytes; expected one encoded image");
+  }
+  if (bytes.empty()) fail(ExitCode::input, "stdin is empty; expected one encoded image");
+  return bytes;
+}
+
+nlohmann::json to_json(const tasks::PredictOptions& options, const std::vector<tasks::Prediction>& predictions) {
+  nlohmann::json list = nlohmann::json::array();
+  for (const tasks::Prediction& prediction : predictions) {
+    nlohmann::json top = nlohmann::json::array();
+    for (const tasks::ClassProbability& entry : prediction.top)
+      top.push_back({{"label", entry.label}, {"class", entry.name}, {"probability", entry.probability}});
+    list.push_back({{"path", prediction.path}, {"top", top}});
+  }
+  return {{"model", options.run.model.string()}, {"predictions", list}};
+}
+
+void print_human(std::ostream& out, const std::vector<tasks::Prediction>& predictions) {
+  out << std::fixed << std::setprecision(2);
+  for (const tasks::Prediction& prediction : predictions) {
+    out << prediction.path << "\n";
+    for (const tasks::ClassProbability& entry : prediction.top)
+      out << std::setw(8) << 100 * entry.probability << "%  " << entry.name << "\n";
+  }
+}
+
+}  // namespace
+
+void add_predict(CLI::App& root, Session& session) {
+  CLI::App* command = add_command(root, session, "predict", "Classes of an image, a folder of images, or stdin");
+  const auto options = std::make_shared<tasks::PredictOptions>();
+  command->add_option("MODEL", options->run.model, "Model file (.safetensors)")->required()->type_name("");
+  command->add_option("IMAGE", options->input, "Image, folder, or - for one image on stdin")->required()->type_name("");
+  command->add_option("--top", options->top, "How many classes to name")
+      ->type_name("N")
+      ->check(CLI::Range(1, 1 << 20).description(""))
+      ->capture_default_str();
+  command->footer(R"(
+Examples:
+  pyractl predict vit.safetensors cat.jpg
+  pyractl predict vit.safetensors photos/ --top 1 --json
+  curl -s https://example.org/cat.jpg | pyractl predict vit.safetensors -)");
+  command->callback([&session, options] {
+    session.action = [&session, options] {
+      options->run.device = session.globals.device;
+      options->run.dtype = session.globals.dtype;
+      options->run.set = session.globals.set;
+      if (options->input == "-") {
+        options->bytes = read_stdin();
+        options->input = "stdin";
+      }
+      const auto predictions = tasks::predict(*options, session.plugins(), session.progress());
+      session.print(to_json(*options, predictions), [&](std::ostream& out) { print_human(out, predictions); });
+      return 0;
+    };
+  });
+}
+
+}  // namespace pyra::cli
