@@ -1,0 +1,283 @@
+#include "data/dataset.h"
+
+#include <set>
+
+#include "data_support.h"
+#include "support.h"
+
+namespace pyra::data {
+namespace {
+
+using test::check_error;
+using test::get;
+using test::put;
+using test::TempDir;
+using Files = std::vector<std::pair<std::string, std::string>>;
+
+const std::filesystem::path kDemo = std::filesystem::path(PYRA_SOURCE_DIR) / "recipes/demo/fashion_mnist_1k.tar";
+
+void write_folder(const std::filesystem::path& root, const Files& files) {
+  for (const auto& [name, bytes] : files) {
+    std::filesystem::create_directories((root / name).parent_path());
+    put(root / name, bytes);
+  }
+}
+
+/// One ustar member, header and padded bytes; `link` makes it a symbolic link.
+std::string tar_member(const std::string& name, const std::string& bytes, const std::string& link) {
+  std::string header(512, '\0');
+  const auto field = [&](size_t at, const std::string& text) { header.replace(at, text.size(), text); };
+  const auto octal = [](uint64_t value) {
+    std::string digits(11, '0');
+    for (size_t i = 11; i-- > 0; value /= 8) digits[i] = char('0' + value % 8);
+    return digits;
+  };
+  field(0, name);
+  field(100, "0000644");
+  field(124, octal(bytes.size()));
+  field(136, octal(0));
+  field(148, "        ");
+  field(156, link.empty() ? "0" : "2");
+  field(157, link);
+  field(257, std::string("ustar\00000", 8));
+  uint64_t sum = 0;
+  for (const char c : header) sum += uint8_t(c);
+  field(148, octal(sum).substr(5));
+  header[154] = '\0';
+  return header + bytes + std::string((512 - bytes.size() % 512) % 512, '\0');
+}
+
+/// A ustar archive; a name ending in "->x" is a link to x.
+void write_tar(const std::filesystem::path& path, const Files& files) {
+  std::string archive;
+  for (const auto& [name, bytes] : files) {
+    const size_t arrow = name.find("->");
+    archive += tar_member(name.substr(0, arrow), bytes, arrow == std::string::npos ? "" : name.substr(arrow + 2));
+  }
+  put(path, archive + std::string(1024, '\0'));
+}
+
+std::string text_of(const std::vector<uint8_t>& bytes) {
+  return {bytes.begin(), bytes.end()};
+}
+
+std::vector<std::string> paths_of(const std::vector<Sample>& samples) {
+  std::vector<std::string> paths;
+  for (const Sample& sample : samples) paths.push_back(sample.path);
+  return paths;
+}
+
+TEST_CASE("the demo's data set opens in place") {
+  const Dataset dataset = Dataset::open(kDemo);
+  CHECK(dataset.num_classes() == 10);
+  CHECK(dataset.class_names().front() == "t-shirt");
+  CHECK(dataset.class_names().back() == "ankle-boot");
+  CHECK(dataset.splits() == std::vector<std::string>{"train800", "val200", "train800val200", "test"});
+  CHECK(dataset.split("train800").size() == 800);
+  CHECK(dataset.split("val200").size() == 200);
+  CHECK(&dataset.split("train") == &dataset.split("train800val200"));
+  CHECK(dataset.split("test").size() == 1000);
+  CHECK_FALSE(dataset.has_split("val"));
+  check_error(ExitCode::input, {"fashion_mnist_1k.tar", "'val'", "train800, val200, train800val200, test"},
+              [&] { (void)dataset.split("val"); });
+  std::set<std::string> train;
+  for (const Sample& sample : dataset.split("train")) train.insert(sample.path);
+  for (const Sample& sample : dataset.split("test")) {
+    REQUIRE_FALSE(train.contains(sample.path));
+    const Image image = decode(dataset.read(sample), sample.path);
+    REQUIRE((image.height == 28 && image.width == 28));
+  }
+}
+
+TEST_CASE("list files: spaces in paths, CRLF, blank lines, labels without names") {
+  const TempDir folder;
+  write_folder(folder.path(), {{"test.txt", "images/a b.png 3\r\n\r\n\n./images//c.png 0  \n"},
+                               {"images/a b.png", "first"},
+                               {"images/c.png", "second"}});
+  const Dataset dataset = Dataset::open(folder.path());
+  CHECK(dataset.class_names() == std::vector<std::string>{"0", "1", "2", "3"});
+  const auto& samples = dataset.split("test");
+  REQUIRE(samples.size() == 2);
+  CHECK(samples[0].path == "images/a b.png");
+  CHECK(samples[0].label == 3);
+  CHECK(samples[0].origin == "test.txt:1");
+  CHECK(samples[1].origin == "test.txt:4");
+  CHECK(text_of(dataset.read(samples[1])) == "second");
+}
+
+TEST_CASE("every fault of a list file is named by file and line") {
+  const TempDir folder;
+  const auto refuse = [&](const std::string& list, const std::vector<std::string>& words) {
+    CAPTURE(list);
+    write_folder(folder.path(), {{"classes.txt", "cat\ndog\n"}, {"val200.txt", list}});
+    check_error(ExitCode::input, words, [&] { (void)Dataset::open(folder.path()); });
+  };
+  refuse("a.png 0\na.png 2\n", {"val200.txt:2", "label 2", "0 to 1"});
+  refuse("a.png 0\n\nb.png -1\n", {"val200.txt:3", "label -1"});
+  refuse("a.png cat\n", {"val200.txt:1", "'cat'", "path label"});
+  refuse("a.png 1x\n", {"val200.txt:1", "'1x'"});
+  refuse("a.png 99999999999999999999\n", {"val200.txt:1", "99999999999999999999"});
+  refuse("a.png\n", {"val200.txt:1", "'a.png'", "path label"});
+  refuse("/etc/passwd 0\n", {"val200.txt:1", "/etc/passwd", "out of the data set"});
+  refuse("images/../../x 0\n", {"val200.txt:1", "out of the data set"});
+  refuse(" 0\n", {"val200.txt:1"});
+  refuse("\n\r\n", {"val200.txt", "no image"});
+  refuse("", {"val200.txt", "no image"});
+  write_folder(folder.path(), {{"val200.txt", "a.png 0\n"}, {"classes.txt", "cat\n\ndog\n"}});
+  check_error(ExitCode::input, {"classes.txt:2", "blank"}, [&] { (void)Dataset::open(folder.path()); });
+  write_folder(folder.path(), {{"classes.txt", "\n"}});
+  check_error(ExitCode::input, {"classes.txt", "0 classes"}, [&] { (void)Dataset::open(folder.path()); });
+  std::filesystem::remove(folder / "classes.txt");
+  write_folder(folder.path(), {{"val200.txt", "a.png 1048576\n"}});
+  check_error(ExitCode::input, {"val200.txt:1", "1048575"}, [&] { (void)Dataset::open(folder.path()); });
+}
+
+TEST_CASE("a missing image is named by list, line and path, in a folder and in a tar") {
+  const TempDir folder;
+  const Files files{{"set/test.txt", "images/here.png 0\nimages/gone.png 1\n"}, {"set/images/here.png", "here"}};
+  write_folder(folder / "root", files);
+  write_tar(folder / "set.tar", files);
+  for (const char* name : {"root", "set.tar"}) {
+    const Dataset dataset = Dataset::open(folder / name);
+    const auto& samples = dataset.split("test");
+    CHECK(text_of(dataset.read(samples[0])) == "here");
+    check_error(ExitCode::input, {name, "set/images/gone.png", "test.txt:2", "missing"},
+                [&] { (void)dataset.read(samples[1]); });
+  }
+}
+
+TEST_CASE("members of every tar dialect are found where they lie") {
+  const TempDir folder;
+  const std::string unicode = "na\xc3\xafve/\xe5\x9b\xbe.png";
+  for (const std::string dialect : {"ustar", "gnu", "pax"}) {
+    CAPTURE(dialect);
+    // Longer than any ustar field: GNU and pax put such names in a member of their own before the file's.
+    const std::string deep =
+        dialect == "ustar" ? "d/short.png" : std::string(90, 'd') + "/" + std::string(150, 'n') + ".png";
+    const Files files{{deep, std::string(1000, 'l')}, {unicode, "unicode"}, {"empty.png", ""}};
+    write_folder(folder / dialect, files);
+    put(folder / dialect / "test.txt", deep + " 0\n" + unicode + " 1\nempty.png 0\n");
+    const auto made =
+        test::run({"tar", "--format=" + dialect, "-cf", (folder / "set.tar").string(), dialect}, folder.path());
+    CAPTURE(made.err);
+    REQUIRE(made.exit_code == 0);
+    const Dataset dataset = Dataset::open(folder / "set.tar");
+    const auto& samples = dataset.split("test");
+    REQUIRE(samples.size() == 3);
+    for (size_t i = 0; i < 3; ++i) CHECK(text_of(dataset.read(samples[i])) == files[i].second);
+  }
+}
+
+TEST_CASE("what a hostile tar holds beside plain files inside it is not there") {
+  const TempDir folder;
+  put(folder / "secret", "secret");
+  const Files files{{"../secret", "1"},
+                    {"/absolute", "2"},
+                    {"set/link.png->" + (folder / "secret").string(), ""},
+                    {"set/a/../../up.png", "3"},
+                    {"set/twice.png", "old"},
+                    {"set/twice.png", "new"},
+                    {"set/test.txt", "link.png 0\ntwice.png 0\n"}};
+  write_tar(folder / "set.tar", files);
+  const Dataset dataset = Dataset::open(folder / "set.tar");
+  const auto& samples = dataset.split("test");
+  check_error(ExitCode::input, {"link.png", "missing"}, [&] { (void)dataset.read(samples[0]); });
+  CHECK(text_of(dataset.read(samples[1])) == "new");
+}
+
+TEST_CASE("a damaged archive is refused wherever it is damaged") {
+  const TempDir folder;
+  const std::string whole = get(kDemo).substr(0, 60'000);
+  for (size_t size = 0; size < whole.size(); size += 997) {
+    CAPTURE(size);
+    put(folder / "cut.tar", whole.substr(0, size));
+    check_error(ExitCode::input, {"cut.tar"}, [&] { (void)Dataset::open(folder / "cut.tar"); });
+  }
+  write_tar(folder / "set.tar", {{"test.txt", "a.png 0\n"}, {"a.png", std::string(700, 'a')}});
+  const std::string good = get(folder / "set.tar");
+  for (size_t at = 0; at < 2048; ++at) {
+    CAPTURE(at);
+    std::string bad = good;
+    bad[at] = char(~bad[at]);
+    put(folder / "bad.tar", bad);
+    const auto error = test::error_of([&] { (void)Dataset::open(folder / "bad.tar"); });
+    if (error) REQUIRE(error->code() == ExitCode::input);
+  }
+}
+
+TEST_CASE("what is no data set is refused by name") {
+  const TempDir folder;
+  const auto refuse = [&](const std::filesystem::path& path, const std::vector<std::string>& words) {
+    check_error(ExitCode::input, words, [&] { (void)Dataset::open(path); });
+  };
+  refuse(folder / "nowhere", {"nowhere", "no such file"});
+  refuse("/dev/null", {"/dev/null", "neither a folder nor a .tar"});
+  refuse(folder.path(), {folder.path().string(), "train800.txt", "<class>/<image>"});
+  put(folder / "set.tar.gz", "\x1f\x8b\x08\x00rest");
+  refuse(folder / "set.tar.gz", {"set.tar.gz", "gzip", "unpack"});
+  put(folder / "text", "hello");
+  refuse(folder / "text", {"text", "not a readable .tar"});
+  put(folder / "empty", "");
+  refuse(folder / "empty", {"empty", "not a readable .tar"});
+}
+
+TEST_CASE("an image folder with splits takes its classes from all of them, sorted") {
+  const TempDir folder;
+  const Files files{{"set/train/zebra/1.jpg", "1"}, {"set/train/ant/2.PNG", "2"},   {"set/val/ant/3.bmp", "3"},
+                    {"set/val/bee/4.ppm", "4"},     {"set/val/.hidden/5.png", "5"}, {"set/val/bee/.6.png", "6"},
+                    {"set/val/bee/notes.txt", "7"}, {"set/README", "not an image"}};
+  write_folder(folder / "root", files);
+  write_tar(folder / "set.tar", files);
+  for (const auto& path : {folder / "root", folder / "root/set", folder / "set.tar"}) {
+    const Dataset dataset = Dataset::open(path);
+    CHECK(dataset.class_names() == std::vector<std::string>{"ant", "bee", "zebra"});
+    CHECK(dataset.splits() == std::vector<std::string>{"train", "val"});
+    const auto& train = dataset.split("train");
+    REQUIRE(train.size() == 2);
+    CHECK(train[0].label == 0);
+    CHECK(text_of(dataset.read(train[0])) == "2");
+    CHECK(train[1].label == 2);
+    REQUIRE(dataset.split("val").size() == 2);
+    CHECK(dataset.split("val")[1].label == 1);
+  }
+  write_folder(folder / "root", {{"set/stray.png", ""}});
+  check_error(ExitCode::input, {"stray.png", "<class>/<image>"}, [&] { (void)Dataset::open(folder / "root"); });
+}
+
+TEST_CASE("an image folder without splits is split 80/20 in every class, by the seed") {
+  const TempDir folder;
+  Files files;
+  for (int i = 0; i < 50; ++i) files.push_back({cat("b/", i, ".png"), "b"});
+  for (int i = 0; i < 13; ++i) files.push_back({cat("a/", i, ".png"), "a"});
+  files.push_back({"c/only.png", "c"});
+  write_folder(folder / "plain", files);
+  write_folder(folder / "again/data", files);
+  write_tar(folder / "set.tar", files);
+  const auto test_paths = [](const Dataset& dataset) { return paths_of(dataset.split("test")); };
+  const Dataset dataset = Dataset::open(folder / "plain", 7);
+  CHECK(dataset.class_names() == std::vector<std::string>{"a", "b", "c"});
+  std::array<int, 3> train{}, test{};
+  std::set<std::string> seen;
+  for (const Sample& sample : dataset.split("train")) ++train.at(size_t(sample.label)), seen.insert(sample.path);
+  for (const Sample& sample : dataset.split("test")) ++test.at(size_t(sample.label)), seen.insert(sample.path);
+  CHECK(train == std::array<int, 3>{10, 40, 1});
+  CHECK(test == std::array<int, 3>{3, 10, 0});
+  CHECK(seen.size() == 64);
+  CHECK(test_paths(dataset) == test_paths(Dataset::open(folder / "plain", 7)));
+  CHECK(test_paths(dataset) == test_paths(Dataset::open(folder / "set.tar", 7)));
+  CHECK(test_paths(dataset) != test_paths(Dataset::open(folder / "plain", 8)));
+  CHECK(Dataset::open(folder / "again", 7).class_names() == dataset.class_names());
+}
+
+TEST_CASE("the images of a folder are listed, those below it too, and nothing else") {
+  const TempDir folder;
+  write_folder(folder.path(), {{"b.JPG", ""}, {"a.png", ""}, {"sub/c.bmp", ""}, {"d.txt", ""}, {".e.png", ""}});
+  CHECK(list_images(folder.path()) ==
+        std::vector<std::filesystem::path>{folder / "a.png", folder / "b.JPG", folder / "sub/c.bmp"});
+  const TempDir empty;
+  check_error(ExitCode::input, {empty.path().string(), "no images"}, [&] { (void)list_images(empty.path()); });
+  check_error(ExitCode::input, {"a.png", "not a folder"}, [&] { (void)list_images(folder / "a.png"); });
+}
+
+}  // namespace
+}  // namespace pyra::data

@@ -1,0 +1,81 @@
+#include "data/image.h"
+
+#include <regex>
+
+#include "data_support.h"
+#include "goldens.h"
+#include "io/safetensors.h"
+#include "support.h"
+
+namespace pyra::data {
+namespace {
+
+using test::as_image;
+using test::as_tensor;
+using test::check_error;
+using test::get_bytes;
+
+/// One "<file>.<what>" of a set of pictures and what Pillow makes of them.
+void check_picture(const io::SafetensorsFile& set, const std::filesystem::path& folder, const std::string& tensor,
+                   double resize_tolerance) {
+  CAPTURE(tensor);
+  static const std::regex kName(R"((.+)\.(decoded|bicubic(\d+)|shorter(\d+)_centre(\d+)))");
+  std::smatch part;
+  REQUIRE(std::regex_match(tensor, part, kName));
+  const Image image = decode(get_bytes(folder / part[1].str()), part[1]);
+  const at::Tensor expected = set.tensor(tensor);
+  if (part[2] == "decoded") {
+    CHECK(test::max_difference(as_tensor(image), expected) == 0);
+    return;
+  }
+  nn::Preprocess preprocess;
+  if (part[3].matched) {
+    preprocess.size = std::stoll(part[3]);
+  } else {
+    preprocess.mode = nn::ResizeMode::crop;
+    preprocess.shorter = std::stoll(part[4]);
+    preprocess.size = std::stoll(part[5]);
+  }
+  // From Pillow's own pixels, so that the resize alone is judged.
+  const Image pillow = as_image(set.tensor(part[1].str() + ".decoded"));
+  CHECK(test::max_difference(as_tensor(prepare(pillow, preprocess)), expected) <= resize_tolerance);
+}
+
+void check_pictures(const std::filesystem::path& tensors, const std::filesystem::path& images,
+                    double resize_tolerance) {
+  const io::SafetensorsFile set(tensors);
+  REQUIRE(!set.entries().empty());
+  for (const auto& [name, entry] : set.entries()) check_picture(set, images, name, resize_tolerance);
+}
+
+TEST_CASE("decode and resize give the fixtures' pixels", "[parity]") {
+  check_pictures(test::goldens_folder() / "preprocess.safetensors", test::goldens_folder() / "images", 1);
+}
+
+TEST_CASE("every colour type, depth, subsampling and maximum decodes as Pillow converts it to RGB") {
+  const auto folder = std::filesystem::path(PYRA_TEST_DATA) / "pillow";
+  check_pictures(folder / "decoded.safetensors", folder / "images", 0);
+}
+
+TEST_CASE("a resize to the image's own size changes nothing") {
+  const Image image{2, 3, {1, 2, 3, 250, 251, 252, 0, 255, 0, 9, 8, 7, 6, 5, 4, 255, 255, 255}};
+  CHECK(resize_bicubic(image, 2, 3).pixels == image.pixels);
+}
+
+TEST_CASE("a flat image stays flat at any size") {
+  const Image image{37, 5, std::vector<uint8_t>(37 * 5 * 3, 201)};
+  for (const auto& [height, width] : {std::pair<int64_t, int64_t>{1, 1}, {224, 224}, {3, 1000}, {36, 6}}) {
+    const Image resized = resize_bicubic(image, height, width);
+    REQUIRE(resized.pixels.size() == size_t(height * width * 3));
+    CHECK(std::ranges::count(resized.pixels, 201) == height * width * 3);
+  }
+}
+
+TEST_CASE("a crop larger than the shorter side is refused") {
+  const Image image{4, 4, std::vector<uint8_t>(48)};
+  check_error(ExitCode::input, {"crops 224", "128"},
+              [&] { (void)prepare(image, {.size = 224, .mode = nn::ResizeMode::crop, .shorter = 128}); });
+}
+
+}  // namespace
+}  // namespace pyra::data

@@ -1,0 +1,63 @@
+// A merge plugin with as many bad manners as it has names: libpyra_merge_<manner>.so.
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "base/error.h"
+#include "sdk/plugin.h"
+
+namespace {
+
+using namespace pyra::sdk;
+
+/// The manner: what this file was copied to.
+std::string manner() {
+  Dl_info info{};
+  dladdr(reinterpret_cast<void*>(&manner), &info);
+  const std::string path = info.dli_fname;
+  const std::string file = path.substr(path.rfind('/') + 1);
+  const size_t kind_end = file.find('_', file.find('_') + 1);
+  return file.substr(kind_end + 1, file.size() - kind_end - 1 - std::string(".so").size());
+}
+
+class Idle final : public TokenMerger {
+ public:
+  static std::vector<Parameter> parameters() {
+    if (manner() == "wrong_tag") std::abort();  // must never run
+    if (manner() == "throws_in_parameters") throw std::runtime_error("no list today");
+    return {{.name = "strength", .default_value = 1.0, .help = "", .minimum = 0.0}};
+  }
+
+  explicit Idle(const Parameters& parameters) {
+    if (manner() == "wrong_tag") std::abort();  // must never run
+    if (manner() == "throws") throw std::runtime_error("my tables are gone");
+    if (manner() == "throws_int") throw 7;
+    if (manner() == "throws_error") pyra::fail(pyra::ExitCode::input, "tables.bin is missing");
+    if (manner() == "refuses") pyra::fail(pyra::ExitCode::usage, "strength ", parameters.number("strength"), " is odd");
+  }
+
+  [[nodiscard]] MergePlan plan(const MergeInputs& in, const Schedule&) const override {
+    throw std::runtime_error("no plan for block " + std::to_string(in.block));
+  }
+};
+
+TokenMerger* create(const Parameters& parameters) {
+  return manner() == "creates_nothing" ? nullptr : new Idle(parameters);
+}
+
+}  // namespace
+
+extern "C" PYRA_EXPORT const PyraPlugin* pyra_plugin_entry() {
+  static const std::string name = manner();
+  static PyraPlugin plugin{PYRA_ABI_TAG,    "merge",           name.c_str(), "0.1",
+                           "behaves badly", &Idle::parameters, &create,      nullptr};
+  if (name == "wrong_tag") plugin.abi_tag = "pyra-sdk 0 libtorch 1.13.0";
+  if (name == "wrong_name") plugin.name = "another";
+  if (name == "wrong_kind") plugin.kind = "peft";
+  if (name == "no_tag") plugin.abi_tag = nullptr;
+  if (name == "no_factory") plugin.create_merger = nullptr;
+  if (name == "throws_in_entry") throw std::logic_error("not even that");
+  return name == "returns_nothing" ? nullptr : &plugin;
+}

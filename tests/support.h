@@ -1,0 +1,38 @@
+// What tests share: a folder that goes away, a program run as a user runs it, tensors compared with evidence.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace pyra::test {
+
+/// A fresh folder, removed with everything in it at the end of the scope.
+class TempDir {
+ public:
+  TempDir();
+  ~TempDir();
+  TempDir(const TempDir&) = delete;
+  TempDir& operator=(const TempDir&) = delete;
+  [[nodiscard]] const std::filesystem::path& path() const { return path_; }
+  [[nodiscard]] std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+struct RunResult {
+  int exit_code = 0;  ///< 128 + n when signal n ended it
+  std::string out, err;
+};
+
+/// Runs a program (no shell) in `folder` (default: the current one) and waits for it.
+[[nodiscard]] RunResult run(const std::vector<std::string>& arguments, const std::filesystem::path& folder = {});
+/// The built pyractl with the built plugins.
+[[nodiscard]] RunResult pyractl(std::vector<std::string> arguments, const std::filesystem::path& folder = {});
+
+/// max |a - b|, in double; infinity when shapes differ or either has a NaN.
+[[nodiscard]] double max_difference(const at::Tensor& a, const at::Tensor& b);
+
+}  // namespace pyra::test

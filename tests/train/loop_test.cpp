@@ -1,0 +1,228 @@
+#include "train/loop.h"
+
+#include <cmath>
+
+#include "base/philox.h"
+#include "goldens.h"
+#include "io/io_support.h"
+#include "support.h"
+
+using namespace pyra;
+using train::Loop;
+using train::LoopSettings;
+
+namespace {
+
+constexpr int64_t kClasses = 3;
+
+nn::VitConfig tiny_config() {
+  return {.arch = "tiny",
+          .image_size = 16,
+          .patch_size = 4,
+          .embed_dim = 32,
+          .depth = 2,
+          .num_heads = 2,
+          .mlp_dim = 64,
+          .num_classes = kClasses};
+}
+
+/// A tiny model with LoRA (dropout on) and PYRA: everything random and everything learned that a run can have.
+nn::Vit tiny_model() {
+  nn::Vit vit(tiny_config(), nn::random_weights(tiny_config(), 3));
+  const sdk::ModelShape shape = tiny_config().shape();
+  auto peft = std::make_unique<nn::PeftSetup>();
+  peft->name = "lora";
+  peft->method = test::built_plugins().peft("lora", {{"rank", int64_t{2}}, {"dropout", 0.2}}, "test");
+  for (const auto& decl : peft->method->declare(shape)) peft->learned.emplace(decl.name, nn::make_tensor(decl, 1));
+  vit.set_peft(std::move(peft));
+  auto merge = std::make_unique<nn::MergeSetup>();
+  merge->name = "pyra";
+  merge->merger = test::built_plugins().merger("pyra", {}, "test");
+  merge->schedule = merge->merger->resolve({.text = "4,2", .remove = {4, 2}, .prune = {}, .merge = {}}, shape);
+  for (const auto& decl : merge->merger->declare(shape, merge->schedule)) {
+    merge->learned.emplace(decl.name, nn::make_tensor(decl, 1));
+  }
+  vit.set_merge(std::move(merge));
+  return vit;
+}
+
+/// Images whose colour tells their class.
+data::ImageSet tiny_images(int64_t n) {
+  data::ImageSet set{
+      .images = at::empty({n, 16, 16, 3}, at::kByte), .labels = at::empty({n}, at::kLong), .paths = {}, .skipped = {}};
+  const Philox random(4, RandomStream::init);
+  for (int64_t i = 0; i < n; ++i) {
+    set.labels[i] = i % kClasses;
+    set.paths.push_back(cat(i));
+    auto* pixels = set.images[i].data_ptr<uint8_t>();
+    for (int64_t p = 0; p < 16 * 16 * 3; ++p) {
+      const uint64_t noise = random.below(uint64_t(i * 768 + p), 100);
+      pixels[p] = uint8_t(noise + (p % 3 == i % kClasses ? 150 : 0));
+    }
+  }
+  return set;
+}
+
+LoopSettings tiny_settings() {
+  return {.schedule = {.peak = 5e-3, .warmup_epochs = 1, .epochs = 3},
+          .batch = 8,
+          .drop_path = 0.2,
+          .augment = {.hflip = true},
+          .seed = 11};
+}
+
+const nn::Preprocess kPreprocess{.size = 16};
+
+sdk::TensorMap copies(const sdk::TensorMap& state) {
+  sdk::TensorMap out;
+  for (const auto& [name, tensor] : state) out.emplace(name, tensor.clone());
+  return out;
+}
+
+void check_equal(const sdk::TensorMap& a, const sdk::TensorMap& b) {
+  REQUIRE(a.size() == b.size());
+  for (const auto& [name, tensor] : a) {
+    CAPTURE(name);
+    CHECK(at::equal(tensor, b.at(name)));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a loop restored before any step ends bit-equal to the unbroken one", "[loop]") {
+  const data::ImageSet images = tiny_images(27);  // 3 batches of 8 an epoch, 3 images dropped
+  std::vector<std::pair<train::Position, sdk::TensorMap>> snapshots;
+  nn::Vit model = tiny_model();
+  Loop whole(model, images, kPreprocess, tiny_settings());
+  REQUIRE(whole.steps_per_epoch() == 3);
+  int64_t epochs = 0;
+  while (!whole.finished()) {
+    snapshots.emplace_back(whole.position(), copies(whole.state()));
+    const auto epoch = whole.step();
+    CHECK(epoch.has_value() == (whole.position().batch == 0));
+    if (epoch) CHECK(epoch->epoch == epochs++);
+  }
+  CHECK(whole.position().step == 9);
+  CHECK(epochs == 3);
+  for (const auto& [position, tensors] : snapshots) {
+    CAPTURE(position.step);
+    nn::Vit other = tiny_model();
+    Loop rest(other, images, kPreprocess, tiny_settings());
+    rest.restore(position, tensors, "test");
+    while (!rest.finished()) (void)rest.step();
+    check_equal(rest.state(), whole.state());
+  }
+}
+
+TEST_CASE("training learns what colours mean", "[loop]") {
+  const data::ImageSet images = tiny_images(48);
+  nn::Vit model = tiny_model();
+  LoopSettings settings = tiny_settings();
+  settings.schedule = {.peak = 2e-2, .warmup_epochs = 1, .epochs = 8};
+  settings.drop_path = 0;
+  Loop loop(model, images, kPreprocess, settings);
+  std::vector<train::EpochReport> epochs;
+  while (!loop.finished()) {
+    if (const auto epoch = loop.step()) epochs.push_back(*epoch);
+  }
+  REQUIRE(epochs.size() == 8);
+  CHECK(epochs.front().lr == Approx(settings.schedule.warmup_lr));
+  CHECK(epochs.back().lr == Approx(train::learning_rate(settings.schedule, 7)));
+  CHECK(epochs.back().loss < 0.5 * epochs.front().loss);
+  CHECK(epochs.back().accuracy > 0.9);
+}
+
+TEST_CASE("fewer images than a batch make one batch", "[loop]") {
+  const data::ImageSet images = tiny_images(5);
+  nn::Vit model = tiny_model();
+  Loop loop(model, images, kPreprocess, tiny_settings());
+  CHECK(loop.steps_per_epoch() == 1);
+  CHECK(loop.images_per_step() == 5);
+  const auto epoch = loop.step();
+  REQUIRE(epoch.has_value());
+  CHECK(loop.position().epoch == 1);
+  const data::ImageSet none{
+      .images = at::empty({0, 16, 16, 3}, at::kByte), .labels = at::empty({0}, at::kLong), .paths = {}, .skipped = {}};
+  CHECK_THROWS_AS(Loop(model, none, kPreprocess, tiny_settings()), Error);
+}
+
+TEST_CASE("the merger's tensors may take a rate of their own", "[loop]") {
+  const data::ImageSet images = tiny_images(8);
+  LoopSettings settings = tiny_settings();
+  settings.schedule.warmup_epochs = 0;
+  const auto moved = [&](double merge_lr) {
+    nn::Vit model = tiny_model();
+    settings.merge_lr = merge_lr;
+    Loop loop(model, images, kPreprocess, settings);
+    const sdk::TensorMap before = copies(loop.state());
+    (void)loop.step();
+    std::map<std::string, double> largest;
+    for (const auto& [name, tensor] : loop.state()) {
+      const std::string group = name.starts_with("value.merge.") ? "merge" : "rest";
+      if (name.starts_with("value.")) {
+        largest[group] = std::max(largest[group], test::max_difference(tensor, before.at(name)));
+      }
+    }
+    return largest;
+  };
+  auto same = moved(0), slow = moved(5e-5);
+  // The first AdamW step moves a tensor by its rate, nearly.
+  CHECK(same["merge"] == Approx(5e-3).epsilon(0.02));
+  CHECK(slow["merge"] == Approx(5e-5).epsilon(0.02));
+  CHECK(slow["rest"] == Approx(same["rest"]));
+}
+
+TEST_CASE("a time limit ends training and squeezes the schedule", "[loop]") {
+  const data::ImageSet images = tiny_images(16);
+  nn::Vit model = tiny_model();
+  LoopSettings settings = tiny_settings();
+  settings.schedule.epochs = 1000000;
+  settings.max_seconds = 0.2;
+  Loop loop(model, images, kPreprocess, settings);
+  std::optional<train::EpochReport> last;
+  while (!loop.finished()) {
+    if (const auto epoch = loop.step()) last = epoch;
+  }
+  CHECK(loop.position().seconds >= 0.2);
+  CHECK(loop.position().epoch < 100000);
+  REQUIRE(last.has_value());
+  CHECK(last->step == loop.position().step);
+  CHECK(last->lr < 0.5 * settings.schedule.peak);
+}
+
+TEST_CASE("what is not finite stops training and changes nothing", "[loop]") {
+  const data::ImageSet images = tiny_images(16);
+  nn::Vit model = tiny_model();
+  LoopSettings settings = tiny_settings();
+  settings.schedule = {.peak = 1e30, .warmup_lr = 1e30, .warmup_epochs = 0, .epochs = 1000};
+  Loop loop(model, images, kPreprocess, settings);
+  std::string message;
+  sdk::TensorMap before;
+  try {
+    while (!loop.finished()) {
+      before = copies(loop.state());
+      (void)loop.step();
+    }
+  } catch (const train::Diverged& error) {
+    message = error.what();
+    CHECK(error.code() == ExitCode::untrusted);
+  }
+  CHECK(message.find("learning rate 1e+30") != std::string::npos);
+  CHECK(message.find(cat("step ", loop.position().step + 1)) != std::string::npos);
+  for (const auto& [name, tensor] : loop.state()) CHECK(at::equal(tensor.nan_to_num(), before.at(name).nan_to_num()));
+}
+
+TEST_CASE("a state of another model is refused by its tensor", "[loop]") {
+  const data::ImageSet images = tiny_images(16);
+  nn::Vit model = tiny_model();
+  Loop loop(model, images, kPreprocess, tiny_settings());
+  sdk::TensorMap state = copies(loop.state());
+  state["value.head.weight"] = at::zeros({7, 32});
+  const auto restore = [&] { loop.restore({}, state, "last.safetensors"); };
+  test::check_error(ExitCode::input, {"last.safetensors", "value.head.weight", "7, 32"}, restore);
+  state.erase("value.head.weight");
+  test::check_error(ExitCode::input, {"value.head.weight", "missing"}, restore);
+  state = copies(loop.state());
+  state["value.extra"] = at::zeros({1});
+  test::check_error(ExitCode::input, {"last.safetensors"}, restore);
+}
