@@ -1,20 +1,11 @@
-// What ToMe and PYRA share: tokens split into two sides, matched, and turned into a plan.
+// What mergers that match two sides share: the parameters that say how tokens are split, and the plan.
 #pragma once
-#include <ATen/core/Tensor.h>
-
-#include <cstdint>
 #include <vector>
 
-#include "sdk/merge_plan.h"
 #include "sdk/parameters.h"
+#include "sdk/plan_recipe.h"
 
 namespace pyra::sdk {
-
-/// How the tokens of a block are split into side A, which gives tokens away, and side B, which takes them.
-struct Partition {
-  bool random = false;  ///< false: A = tokens 0,2,4,…, B = tokens 1,3,5,…
-  uint64_t seed = 0;    ///< random: the split is a function of (seed, number of tokens)
-};
 
 /// The parameters "partition" ("alternating" or "random") and "partition_seed", and what they say.
 [[nodiscard]] std::vector<Parameter> partition_parameters();

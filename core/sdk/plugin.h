@@ -15,7 +15,7 @@
 #include "sdk/token_merger.h"
 
 /// Raised whenever a class or struct of sdk/ changes its layout or its virtual functions.
-#define PYRA_SDK_VERSION 1
+#define PYRA_SDK_VERSION 2
 
 #define PYRA_TEXT_(x) #x
 #define PYRA_TEXT(x) PYRA_TEXT_(x)

@@ -22,6 +22,16 @@ std::vector<TensorDecl> TokenMerger::declare(const ModelShape&, const Schedule&)
   return {};
 }
 
+std::optional<PlanRecipe> TokenMerger::recipe(int64_t, const Schedule&, const TensorMap&) const {
+  return std::nullopt;
+}
+
+MergePlan TokenMerger::plan(const MergeInputs& in, const Schedule& schedule) const {
+  const auto made_of = recipe(in.block, schedule, in.learned);
+  if (!made_of) fail(ExitCode::plugin, "the merger has neither a recipe() nor a plan()");
+  return make_plan(*made_of, in);
+}
+
 Schedule cut_to_half(const Schedule& schedule, const ModelShape& shape) {
   if (schedule.remove.empty() && !(schedule.prune.empty() && schedule.merge.empty())) {
     fail(ExitCode::usage, "schedule '", schedule.text,

@@ -7,6 +7,7 @@
 
 #include "sdk/merge_plan.h"
 #include "sdk/model_shape.h"
+#include "sdk/plan_recipe.h"
 #include "sdk/tensor_decl.h"
 
 namespace pyra::sdk {
@@ -34,7 +35,7 @@ struct MergeInputs {
 /// every method is const and must not keep mutable state.
 ///
 /// A result must not depend on the other images of the batch, and ties go to the lowest index. Shapes
-/// depend on the schedule alone: plan() must not synchronise with a device.
+/// depend on the schedule alone.
 ///
 ///   class KeepFirst final : public TokenMerger {           // drops the last r tokens
 ///     MergePlan plan(const MergeInputs& in, const Schedule& s) const override {
@@ -64,8 +65,15 @@ class TokenMerger {
   /// Whether a block calls plan(): by default where tokens leave it. DiffRate sorts its tokens in every block.
   [[nodiscard]] virtual bool acts(int64_t tokens_in, int64_t tokens_out) const { return tokens_in != tokens_out; }
 
-  /// The plan of block `in.block`; called only where acts().
-  [[nodiscard]] virtual MergePlan plan(const MergeInputs& in, const Schedule& schedule) const = 0;
+  /// The plan of a block as a recipe the core knows, where acts(); none by default. A merger that gives one needs no
+  /// plan(), and runs on a GPU by the core's fused kernels.
+  [[nodiscard]] virtual std::optional<PlanRecipe> recipe(int64_t block, const Schedule& schedule,
+                                                         const TensorMap& learned) const;
+
+  /// The plan of block `in.block`, from CPU tensors; called only where acts(). By default what recipe() says. On a GPU
+  /// a merger without a recipe is asked here too, from inside the graph: the inputs are copied to the host and the plan
+  /// back, which costs more than a small merge saves.
+  [[nodiscard]] virtual MergePlan plan(const MergeInputs& in, const Schedule& schedule) const;
 
   /// Whether sizes of an image sum to N after every block (true for merging, false where tokens are dropped).
   [[nodiscard]] virtual bool conserves_size() const { return true; }

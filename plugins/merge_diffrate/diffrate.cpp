@@ -1,7 +1,6 @@
 // DiffRate (arXiv 2305.17997) with given kept counts: patch tokens are ranked by the class token's attention, those
 // beyond `prune` are dropped, and those beyond `merge` are averaged into the most alike of the tokens that stay.
 #include "base/error.h"
-#include "kernels/rank.h"
 #include "sdk/plugin.h"
 
 namespace {
@@ -71,15 +70,10 @@ class DiffRate final : public TokenMerger {
     return schedule.merge;
   }
 
-  [[nodiscard]] MergePlan plan(const MergeInputs& in, const Schedule& schedule) const override {
-    const auto block = size_t(in.block);
-    auto ranking = pyra::kernels::rank_tokens(in.tokens, in.class_attention, schedule.prune[block],
-                                              schedule.merge[block], in.protected_tokens);
-    return {.keep = std::move(ranking.keep),
-            .src = std::move(ranking.src),
-            .dst = std::move(ranking.dst),
-            .reduce = Reduce::mean,
-            .src_size_scale = std::move(ranking.cosine)};
+  [[nodiscard]] std::optional<PlanRecipe> recipe(int64_t block, const Schedule& schedule,
+                                                 const TensorMap&) const override {
+    return PlanRecipe{
+        .kind = PlanKind::rank, .prune = schedule.prune[size_t(block)], .merge = schedule.merge[size_t(block)]};
   }
 };
 

@@ -50,14 +50,16 @@ class Pyra final : public TokenMerger {
     return tensors;
   }
 
-  [[nodiscard]] MergePlan plan(const MergeInputs& in, const Schedule& schedule) const override {
-    MergePlan plan = bipartite_plan(in.key_mean, schedule.remove[size_t(in.block)], in.protected_tokens, partition_);
-    plan.gate = Gate{.a = in.learned.at(tensor_name(in.block, "a")),
-                     .b = in.learned.at(tensor_name(in.block, "b")),
-                     .weight = in.learned.at(tensor_name(in.block, "norm.weight")),
-                     .bias = in.learned.at(tensor_name(in.block, "norm.bias")),
-                     .eps = norm_eps_};
-    return plan;
+  [[nodiscard]] std::optional<PlanRecipe> recipe(int64_t block, const Schedule& schedule,
+                                                 const TensorMap& learned) const override {
+    const auto tensor = [&](std::string_view name) { return learned.at(tensor_name(block, name)); };
+    return PlanRecipe{.remove = schedule.remove[size_t(block)],
+                      .partition = partition_,
+                      .gate = Gate{.a = tensor("a"),
+                                   .b = tensor("b"),
+                                   .weight = tensor("norm.weight"),
+                                   .bias = tensor("norm.bias"),
+                                   .eps = norm_eps_}};
   }
 
  private:

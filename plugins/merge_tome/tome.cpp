@@ -14,8 +14,9 @@ class Tome final : public TokenMerger {
 
   [[nodiscard]] Needs needs() const override { return {.key_mean = true}; }
 
-  [[nodiscard]] MergePlan plan(const MergeInputs& in, const Schedule& schedule) const override {
-    return bipartite_plan(in.key_mean, schedule.remove[size_t(in.block)], in.protected_tokens, partition_);
+  [[nodiscard]] std::optional<PlanRecipe> recipe(int64_t block, const Schedule& schedule,
+                                                 const TensorMap&) const override {
+    return PlanRecipe{.remove = schedule.remove[size_t(block)], .partition = partition_};
   }
 
  private:
