@@ -1,6 +1,7 @@
 #include "data/loader.h"
 
 #include <cmath>
+#include <span>
 
 #include "base/error.h"
 #include "base/philox.h"
@@ -43,26 +44,6 @@ void drop_bad(ImageSet& set, const std::vector<std::string>& reasons) {
   set.paths = std::move(paths);
   set.images = set.images.narrow(0, 0, kept);
   set.labels = set.labels.narrow(0, 0, kept);
-}
-
-/// What each of the 256 values of each channel becomes: as exact as computing it, and cheaper.
-using Tables = std::array<std::array<float, 256>, 3>;
-
-Tables make_tables(const nn::Preprocess& preprocess) {
-  Tables tables;
-  for (size_t c = 0; c < 3; ++c) {
-    for (size_t v = 0; v < 256; ++v) tables[c][v] = (float(v) / 255.0f - preprocess.mean[c]) / preprocess.std[c];
-  }
-  return tables;
-}
-
-/// One image: uint8 [pixels,3] -> fp32 [3,pixels].
-void normalise_image(const uint8_t* from, float* to, int64_t pixels, const Tables& tables) {
-  for (int64_t i = 0; i < pixels; ++i, from += 3) {
-    to[i] = tables[0][from[0]];
-    to[pixels + i] = tables[1][from[1]];
-    to[2 * pixels + i] = tables[2][from[2]];
-  }
 }
 
 /// Draws for one image of one epoch: words of its own, so the order and number of threads do not matter.
@@ -117,11 +98,13 @@ Image augmented(const uint8_t* pixels, int64_t size, const Augment& augment, con
 
 }  // namespace
 
-ImageSet load_split(const Dataset& dataset, const std::string& split, const nn::Preprocess& preprocess, BadImages bad,
-                    Progress& progress) {
-  const std::vector<Sample>& samples = dataset.split(split);
-  const int64_t count = int64_t(samples.size());
-  if (count == 0) fail(ExitCode::input, dataset.path().string(), ": split ", split, " holds no images");
+namespace {
+
+/// Images first..first+count of the split; those that are bad are in `skipped`, and may be all.
+ImageSet decode_range(const Dataset& dataset, const std::string& split, int64_t first, int64_t count,
+                      const nn::Preprocess& preprocess, BadImages bad, Progress& progress) {
+  const std::span<const Sample> samples =
+      std::span(dataset.split(split)).subspan(size_t(first), size_t(count));
   ImageSet set{.images = allocate_cache(count, preprocess.size, split),
                .labels = at::empty({count}, at::kLong),
                .paths = {},
@@ -137,36 +120,53 @@ ImageSet load_split(const Dataset& dataset, const std::string& split, const nn::
     const Image image = prepare(decode(dataset.read(sample), dataset.describe(sample)), preprocess);
     std::copy(image.pixels.begin(), image.pixels.end(), pixels + i * row);
   };
-  progress.begin(cat("decode ", split), count, "image");
   const std::vector<std::string> reasons = for_each_image(count, bad == BadImages::fail, decode_one, progress);
-  progress.end();
-  const auto first = std::ranges::find_if(reasons, [](const std::string& reason) { return !reason.empty(); });
-  if (first == reasons.end()) return set;
-  if (bad == BadImages::fail) {
-    fail(ExitCode::input, *first, "; --bad-images skip leaves such images out");
-  }
+  const auto wrong = std::ranges::find_if(reasons, [](const std::string& reason) { return !reason.empty(); });
+  if (wrong == reasons.end()) return set;
+  if (bad == BadImages::fail) fail(ExitCode::input, *wrong, "; --bad-images skip leaves such images out");
   drop_bad(set, reasons);
-  if (set.labels.size(0) == 0) {
-    fail(ExitCode::input, "none of the ", count, " images of split ", split, " can be read; the first: ", *first);
-  }
   return set;
 }
 
-at::Tensor normalise(const at::Tensor& images, const nn::Preprocess& preprocess) {
-  if (images.scalar_type() != at::kByte || images.dim() != 4 || images.size(3) != 3) {
-    fail(ExitCode::internal, "normalise: got ", images.scalar_type(), " ", images.sizes(),
-         "; expected uint8 [B,H,W,3]");
+void check_not_empty(const Dataset& dataset, const std::string& split) {
+  if (dataset.split(split).empty())
+    fail(ExitCode::input, dataset.path().string(), ": split ", split, " holds no images");
+}
+
+[[noreturn]] void fail_all_bad(int64_t count, const std::string& split, const std::string& reason) {
+  fail(ExitCode::input, "none of the ", count, " images of split ", split, " can be read; the first: ", reason);
+}
+
+}  // namespace
+
+ImageSet load_split(const Dataset& dataset, const std::string& split, const nn::Preprocess& preprocess, BadImages bad,
+                    Progress& progress) {
+  check_not_empty(dataset, split);
+  const int64_t count = int64_t(dataset.split(split).size());
+  progress.begin(cat("decode ", split), count, "image");
+  ImageSet set = decode_range(dataset, split, 0, count, preprocess, bad, progress);
+  progress.end();
+  if (set.labels.size(0) == 0) fail_all_bad(count, split, set.skipped[0].reason);
+  return set;
+}
+
+SplitReader::SplitReader(const Dataset& dataset, std::string split, const nn::Preprocess& preprocess, BadImages bad)
+    : dataset_(dataset), split_(std::move(split)), preprocess_(preprocess), bad_(bad) {
+  check_not_empty(dataset_, split_);
+  total_ = int64_t(dataset_.split(split_).size());
+}
+
+std::optional<ImageSet> SplitReader::next(int64_t count) {
+  while (taken_ < total_) {
+    const int64_t first = taken_;
+    taken_ = std::min(total_, taken_ + count);
+    ImageSet set = decode_range(dataset_, split_, first, taken_ - first, preprocess_, bad_, silent_progress());
+    good_ += set.labels.size(0);
+    if (first_reason_.empty() && !set.skipped.empty()) first_reason_ = set.skipped[0].reason;
+    if (set.labels.size(0) > 0 || taken_ < total_ || good_ > 0) return set;
   }
-  const at::Tensor dense = images.contiguous();
-  at::Tensor out = at::empty({dense.size(0), 3, dense.size(1), dense.size(2)}, at::kFloat);
-  const Tables tables = make_tables(preprocess);
-  const int64_t pixels = dense.size(1) * dense.size(2);
-  const uint8_t* const from = dense.const_data_ptr<uint8_t>();
-  float* const to = out.data_ptr<float>();
-  at::parallel_for(0, dense.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) normalise_image(from + i * pixels * 3, to + i * pixels * 3, pixels, tables);
-  });
-  return out;
+  if (good_ == 0) fail_all_bad(total_, split_, first_reason_);
+  return std::nullopt;
 }
 
 std::vector<int64_t> epoch_order(int64_t n, uint64_t seed, int64_t epoch) {
@@ -182,7 +182,7 @@ Batch make_batch(const ImageSet& set, const std::vector<int64_t>& indices, const
     }
   }
   Batch batch{at::empty({count, 3, size, size}, at::kFloat), at::empty({count}, at::kLong)};
-  const Tables tables = make_tables(preprocess);
+  const nn::NormaliseTables tables = nn::normalise_tables(preprocess);
   const uint8_t* const from = set.images.const_data_ptr<uint8_t>();
   const int64_t* const labels = set.labels.const_data_ptr<int64_t>();
   float* const to = batch.images.data_ptr<float>();
@@ -197,7 +197,7 @@ Batch make_batch(const ImageSet& set, const std::vector<int64_t>& indices, const
         image = augmented(pixels, size, augment, Draws(seed, epoch, index));
         pixels = image.pixels.data();
       }
-      normalise_image(pixels, to + i * values, size * size, tables);
+      nn::normalise_image(pixels, to + i * values, size * size, tables);
       to_labels[i] = labels[index];
     }
   });

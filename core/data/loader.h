@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,8 +33,26 @@ struct ImageSet {
 [[nodiscard]] ImageSet load_split(const Dataset& dataset, const std::string& split, const nn::Preprocess& preprocess,
                                   BadImages bad = BadImages::fail, Progress& progress = silent_progress());
 
-/// uint8 [B,H,W,3] -> fp32 [B,3,H,W]: (x/255 - mean)/std, channel by channel.
-[[nodiscard]] at::Tensor normalise(const at::Tensor& images, const nn::Preprocess& preprocess);
+/// The images of a split one piece after another, each decoded when it is asked for: memory does not grow with the set,
+/// and what runs the piece before may do so meanwhile.
+class SplitReader {
+ public:
+  /// Keeps a reference to `dataset`. Error(input) for a split that is not there or empty.
+  SplitReader(const Dataset& dataset, std::string split, const nn::Preprocess& preprocess,
+              BadImages bad = BadImages::fail);
+  [[nodiscard]] int64_t total() const { return total_; }
+  /// The next `count` samples of the split, or what is left of them, without those that are bad and were skipped (it may
+  /// be all of them); nothing at the end. Errors as load_split's.
+  [[nodiscard]] std::optional<ImageSet> next(int64_t count);
+
+ private:
+  const Dataset& dataset_;
+  std::string split_;
+  nn::Preprocess preprocess_;
+  BadImages bad_;
+  int64_t total_ = 0, taken_ = 0, good_ = 0;
+  std::string first_reason_;
+};
 
 struct Augment {
   bool hflip = false;

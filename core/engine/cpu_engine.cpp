@@ -1,5 +1,14 @@
 #include "engine/cpu_engine.h"
 
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "base/error.h"
+
 namespace pyra::engine {
 namespace {
 
@@ -7,12 +16,16 @@ namespace {
 // call's fixed costs are shared by four.
 constexpr int64_t kTile = 4;
 
+using Clock = std::chrono::steady_clock;
+
 }  // namespace
 
-CpuEngine::CpuEngine(const nn::Vit& model, at::ScalarType compute) : model_(model), compute_(compute) {}
+CpuEngine::CpuEngine(const nn::Vit& model, at::ScalarType compute, const nn::Preprocess& preprocess)
+    : model_(model), compute_(compute), preprocess_(preprocess) {}
 
-at::Tensor CpuEngine::run(const at::Tensor& images) const {
+at::Tensor CpuEngine::run(const at::Tensor& given) {
   const at::NoGradGuard no_grad;
+  const at::Tensor images = given.scalar_type() == at::kByte ? nn::normalise(given, preprocess_) : given;
   const nn::ForwardOptions options{.compute = compute_};
   const int64_t batch = images.size(0), threads = at::get_num_threads();
   // A lone image has only the kernels' own parallelism to gain from.
@@ -32,6 +45,31 @@ at::Tensor CpuEngine::run(const at::Tensor& images) const {
     }
   });
   return logits;
+}
+
+void CpuEngine::submit(const at::Tensor& images) {
+  const auto start = Clock::now();
+  at::Tensor logits = run(images);
+  done_.emplace_back(std::move(logits), std::chrono::duration<double>(Clock::now() - start).count());
+}
+
+at::Tensor CpuEngine::collect() {
+  if (done_.empty()) fail(ExitCode::internal, "engine: collect() without a batch submitted");
+  at::Tensor logits = std::move(done_.front().first);
+  last_seconds_ = done_.front().second;
+  done_.pop_front();
+  return logits;
+}
+
+std::vector<double> CpuEngine::time_ms(const at::Tensor& given, int64_t runs) {
+  const at::Tensor images = given.scalar_type() == at::kByte ? nn::normalise(given, preprocess_) : given;
+  std::vector<double> times;
+  for (int64_t i = 0; i < runs; ++i) {
+    const auto start = Clock::now();
+    (void)run(images);
+    times.push_back(std::chrono::duration<double, std::milli>(Clock::now() - start).count());
+  }
+  return times;
 }
 
 }  // namespace pyra::engine
