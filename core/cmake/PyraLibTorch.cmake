@@ -47,7 +47,7 @@ if(NOT TARGET pyra::libtorch)
   target_link_libraries(pyra::libtorch INTERFACE
     ${PYRA_LIBTORCH_ROOT}/lib/libtorch_cpu.so ${PYRA_LIBTORCH_ROOT}/lib/libc10.so)
   # One OpenMP runtime in the process, LibTorch's: at::parallel_for is a template and opens regions in our code.
-  target_compile_options(pyra::libtorch INTERFACE -fopenmp)
+  target_compile_options(pyra::libtorch INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
   if(EXISTS ${PYRA_LIBTORCH_ROOT}/lib/libgomp.so.1)
     target_link_libraries(pyra::libtorch INTERFACE ${PYRA_LIBTORCH_ROOT}/lib/libgomp.so.1)
   else()

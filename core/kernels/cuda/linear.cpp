@@ -1,0 +1,170 @@
+#include "kernels/cuda/linear.h"
+
+#include <algorithm>
+#include <bit>
+#include <span>
+#include <vector>
+
+#include "base/error.h"
+
+namespace pyra::kernels::cuda {
+namespace {
+
+// NVIDIA's advice for Hopper; older GPUs need less.
+constexpr size_t kWorkspace = 32 << 20;
+constexpr int kCandidates = 12;
+constexpr int kTrials = 5;
+
+void check_blas(cublasStatus_t status, const char* call, const LinearCall* shape = nullptr) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  if (!shape) fail(ExitCode::device, "cuBLASLt: ", cublasLtGetStatusString(status), " at ", call);
+  fail(ExitCode::device, "cuBLASLt: ", cublasLtGetStatusString(status), " at ", call, " for [", shape->rows, ",",
+       shape->in, "] x [", shape->out, ",", shape->in, "]ᵀ");
+}
+#define PYRA_BLAS(call) check_blas((call), #call)
+
+cudaDataType_t data_type(DType dtype) {
+  return dtype == DType::fp32 ? CUDA_R_32F : dtype == DType::bf16 ? CUDA_R_16BF : CUDA_R_16F;
+}
+
+std::array<int64_t, 8> shape_of(const LinearCall& call) {
+  return {call.rows,          call.in,        call.out,           int(call.compute),
+          int(call.result),   int(call.math), int(call.epilogue), (call.bias ? 1 : 0) + (call.residual ? 2 : 0)};
+}
+
+template <class T>
+void set(cublasLtMatmulDesc_t description, cublasLtMatmulDescAttributes_t attribute, const T& value) {
+  check_blas(cublasLtMatmulDescSetAttribute(description, attribute, &value, sizeof value), "MatmulDescSetAttribute");
+}
+
+cublasLtEpilogue_t epilogue_of(const LinearCall& call) {
+  if (call.epilogue == Epilogue::gelu_tanh)
+    return call.bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
+  return call.bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+}
+
+/// Sums that are added up by whoever comes first would differ from run to run.
+bool reproducible(const cublasLtMatmulAlgo_t& algorithm) {
+  uint32_t scheme = 0;
+  size_t written = 0;
+  const auto status = cublasLtMatmulAlgoConfigGetAttribute(&algorithm, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme,
+                                                           sizeof scheme, &written);
+  return status == CUBLAS_STATUS_SUCCESS && scheme != CUBLASLT_REDUCTION_SCHEME_INPLACE;
+}
+
+}  // namespace
+
+/// What cuBLASLt wants to know of one shape. Row-major [rows,n] is column-major [n,rows], so it computes yᵀ = W xᵀ.
+struct LinearRunner::Plan {
+  explicit Plan(const LinearCall& call) {
+    const auto compute = data_type(call.compute), result = data_type(call.result);
+    PYRA_BLAS(cublasLtMatmulDescCreate(
+        &description, call.math == MatrixMath::tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    set(description, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+    set(description, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue_of(call));
+    if (call.bias) {
+      set(description, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, result);
+      set(description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, call.bias);  // replaced at every launch
+    }
+    const auto in = uint64_t(call.in), out = uint64_t(call.out), rows = uint64_t(call.rows);
+    PYRA_BLAS(cublasLtMatrixLayoutCreate(&weight, compute, in, out, int64_t(in)));
+    PYRA_BLAS(cublasLtMatrixLayoutCreate(&x, compute, in, rows, int64_t(in)));
+    PYRA_BLAS(cublasLtMatrixLayoutCreate(&y, result, out, rows, int64_t(out)));
+  }
+  ~Plan() {
+    for (cublasLtMatrixLayout_t layout : {weight, x, y})
+      if (layout) cublasLtMatrixLayoutDestroy(layout);
+    if (description) cublasLtMatmulDescDestroy(description);
+  }
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  cublasLtMatmulDesc_t description = nullptr;
+  cublasLtMatrixLayout_t weight = nullptr, x = nullptr, y = nullptr;
+  cublasLtMatmulAlgo_t algorithm{};
+};
+
+LinearRunner::LinearRunner(std::shared_ptr<GemmCache> cache) : cache_(std::move(cache)) {
+  PYRA_BLAS(cublasLtCreate(&handle_));
+  PYRA_CUDA(cudaMalloc(&workspace_, kWorkspace));
+}
+
+LinearRunner::~LinearRunner() {
+  plans_.clear();
+  if (workspace_) (void)cudaFree(workspace_);
+  if (handle_) (void)cublasLtDestroy(handle_);
+}
+
+cublasStatus_t LinearRunner::launch(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const LinearCall& call,
+                                    cudaStream_t stream) const {
+  const float one = 1, beta = call.residual ? 1 : 0;
+  if (call.bias) set(plan.description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, call.bias);
+  return cublasLtMatmul(handle_, plan.description, &one, call.weight, plan.weight, call.x, plan.x, &beta,
+                        call.residual ? call.residual : call.y, plan.y, call.y, plan.y, &algorithm, workspace_,
+                        kWorkspace, stream);
+}
+
+void LinearRunner::choose(Plan& plan, const LinearCall& call, const std::string& key, cudaStream_t stream) {
+  cublasLtMatmulPreference_t preference = nullptr;
+  PYRA_BLAS(cublasLtMatmulPreferenceCreate(&preference));
+  const size_t workspace = kWorkspace;
+  PYRA_BLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                                                 sizeof workspace));
+  std::vector<cublasLtMatmulHeuristicResult_t> found(kCandidates);
+  int count = 0;
+  const auto status = cublasLtMatmulAlgoGetHeuristic(handle_, plan.description, plan.weight, plan.x, plan.y, plan.y,
+                                                     preference, kCandidates, found.data(), &count);
+  (void)cublasLtMatmulPreferenceDestroy(preference);
+  check_blas(status, "cublasLtMatmulAlgoGetHeuristic", &call);
+
+  cudaEvent_t begin = nullptr, end = nullptr;
+  PYRA_CUDA(cudaEventCreate(&begin));
+  PYRA_CUDA(cudaEventCreate(&end));
+  float best = 0;
+  for (const auto& candidate : std::span(found).first(size_t(count))) {
+    if (candidate.state != CUBLAS_STATUS_SUCCESS || !reproducible(candidate.algo)) continue;
+    if (launch(plan, candidate.algo, call, stream) != CUBLAS_STATUS_SUCCESS) continue;  // also the warm-up
+    std::array<float, kTrials> times{};
+    for (float& time : times) {
+      PYRA_CUDA(cudaEventRecord(begin, stream));
+      (void)launch(plan, candidate.algo, call, stream);
+      PYRA_CUDA(cudaEventRecord(end, stream));
+      PYRA_CUDA(cudaEventSynchronize(end));
+      PYRA_CUDA(cudaEventElapsedTime(&time, begin, end));
+    }
+    const float fastest = *std::min_element(times.begin(), times.end());
+    if (best == 0 || fastest < best) best = fastest, plan.algorithm = candidate.algo;
+  }
+  PYRA_CUDA(cudaEventDestroy(begin));
+  PYRA_CUDA(cudaEventDestroy(end));
+  if (best == 0) check_blas(CUBLAS_STATUS_NOT_SUPPORTED, "choosing an algorithm", &call);
+  cache_->add(key, std::bit_cast<AlgorithmWords>(plan.algorithm));
+}
+
+LinearRunner::Plan& LinearRunner::plan_of(const LinearCall& call, cudaStream_t stream) {
+  const auto shape = shape_of(call);
+  std::unique_ptr<Plan>& plan = plans_[shape];
+  if (plan) return *plan;
+  auto fresh = std::make_unique<Plan>(call);
+  const std::string key = join(std::span<const int64_t>(shape));
+  const auto known = cache_->find(key);
+  if (known) fresh->algorithm = std::bit_cast<cublasLtMatmulAlgo_t>(*known);
+  cublasLtMatmulHeuristicResult_t result{};
+  // A file may say anything: cuBLASLt looks at the words before they run.
+  const bool usable = known &&
+                      cublasLtMatmulAlgoCheck(handle_, fresh->description, fresh->weight, fresh->x, fresh->y, fresh->y,
+                                              &fresh->algorithm, &result) == CUBLAS_STATUS_SUCCESS &&
+                      result.workspaceSize <= kWorkspace;
+  if (!usable) choose(*fresh, call, key, stream);
+  plan = std::move(fresh);
+  return *plan;
+}
+
+void LinearRunner::run(const LinearCall& call, cudaStream_t stream) {
+  if (call.rows < 1 || call.in < 1 || call.out < 1)
+    fail(ExitCode::internal, "linear: [", call.rows, ",", call.in, "] x [", call.out, ",", call.in, "]ᵀ");
+  const Plan& plan = plan_of(call, stream);
+  check_blas(launch(plan, plan.algorithm, call, stream), "cublasLtMatmul", &call);
+}
+
+}  // namespace pyra::kernels::cuda

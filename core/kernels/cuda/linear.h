@@ -1,0 +1,66 @@
+// Linear layers on the device by cuBLASLt: y = act(x Wᵀ + b), or residual + x Wᵀ + b.
+//
+// Of the algorithms that cuBLASLt proposes for a shape, each is timed once and the fastest kept, in a file too
+// (gemm_cache.h), so that later processes run the same one: a result is then bit-equal from run to run.
+#pragma once
+#include <cublasLt.h>
+
+#include <array>
+#include <map>
+#include <memory>
+
+#include "kernels/cuda/cuda_call.h"
+#include "kernels/cuda/gemm_cache.h"
+
+namespace pyra::kernels::cuda {
+
+enum class MatrixMath {
+  exact,  ///< fp32 inputs: true fp32. bf16 and fp16 inputs: products summed in fp32
+  tf32,   ///< fp32 inputs rounded to tf32 on the way into the tensor cores
+};
+
+enum class Epilogue {
+  none,
+  gelu_tanh,  ///< GELU's tanh form, inside the matrix product. Up to 4.7e-4 from the exact one
+};
+
+struct LinearCall {
+  const void* x = nullptr;         ///< [rows,in] of `compute`
+  const void* weight = nullptr;    ///< [out,in] of `compute`
+  const void* bias = nullptr;      ///< [out] of y's type, or null
+  const void* residual = nullptr;  ///< [rows,out] of `result`, or null; may be y
+  void* y = nullptr;               ///< [rows,out] of `result`
+  int rows = 0, in = 0, out = 0;
+  DType compute = DType::bf16, result = DType::bf16;
+  MatrixMath math = MatrixMath::exact;
+  Epilogue epilogue = Epilogue::none;
+};
+
+/// One per stream: two matrix products at the same time would share the workspace.
+class LinearRunner {
+ public:
+  /// Allocates the workspace. Throws Error(device) where cuBLASLt does not start.
+  explicit LinearRunner(std::shared_ptr<GemmCache> cache);
+  ~LinearRunner();
+  LinearRunner(const LinearRunner&) = delete;
+  LinearRunner& operator=(const LinearRunner&) = delete;
+
+  /// Enqueues the layer. The first call with a shape chooses its algorithm: it synchronises, and overwrites y. Later
+  /// ones neither allocate nor synchronise and may be captured into a graph. Throws Error(device) for a shape that
+  /// cuBLASLt has no algorithm for.
+  void run(const LinearCall& call, cudaStream_t stream);
+
+ private:
+  struct Plan;
+  Plan& plan_of(const LinearCall& call, cudaStream_t stream);
+  void choose(Plan& plan, const LinearCall& call, const std::string& key, cudaStream_t stream);
+  cublasStatus_t launch(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const LinearCall& call,
+                        cudaStream_t stream) const;
+
+  cublasLtHandle_t handle_ = nullptr;
+  void* workspace_ = nullptr;
+  std::shared_ptr<GemmCache> cache_;
+  std::map<std::array<int64_t, 8>, std::unique_ptr<Plan>> plans_;
+};
+
+}  // namespace pyra::kernels::cuda

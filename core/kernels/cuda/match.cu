@@ -1,0 +1,411 @@
+// ToMe's matching: for each token of side A the most alike of side B by the head-mean of the keys; the r best leave.
+//
+// A block an image, or a cluster of up to 8 blocks where the batch leaves SMs idle: each then averages its share of
+// side B for all of them, searches for its share of side A, and the first block ranks. Results do not depend on the
+// split: a cosine is one chain of FMAs over d in whichever thread, and partners are combined by an integer maximum.
+//   1. 16-byte loads of the keys, all heads of 8 channels (16-bit types) in one thread -> mean, fp32, shared memory
+//   2. inverse norms, half a warp a token; side B is scaled to unit length in place
+//   3. scores: a thread a tile of 8x8 (4x4 where tiles are few), columns and rows interleaved among the tiles
+//   4. a token's rank is the number of smaller sort keys; where staying tokens go follows from ballots
+// Bytes moved: the keys once, [B,N,C] of `dtype`; the plan, 4 (N + r) bytes an image. At 197 tokens of 12 heads of 64
+// the keys are 302 KB an image and the product 0.6 M FMA; two blocks share an SM, so one may load while one computes.
+// Sides that do not fit shared memory are taken in chunks; then side B is read again for each chunk of side A.
+#include "kernels/cuda/match.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "kernels/cuda/cosine.cuh"
+
+namespace pyra::kernels::cuda {
+namespace {
+
+constexpr int kThreads = kSearchThreads;
+constexpr int kMostTokens = 1024;
+constexpr int kMostDim = 128;
+constexpr int kHeadsInFlight = 12;  // loads of one thread before the first is used
+constexpr int kHalfWarp = 16;
+
+struct Keys {
+  int tokens, heads, dim;
+  float head_share;  // 1 / heads
+};
+
+struct Shape {
+  Keys keys;
+  int r, protected_tokens;
+  int cluster;        // blocks an image
+  int rows, columns;  // chunk of side A and of side B in shared memory, multiples of 8
+  int slots;          // tiles at a time
+};
+
+/// Byte offsets into shared memory.
+struct Layout {
+  int a, b, partial, best, order, scale, column, list_a, list_b, leaves, bytes;
+};
+
+constexpr int pitch_of(int dim) {
+  return dim + 4;
+}
+
+Layout lay_out(const Shape& shape, int tile, int most_a, int most_b) {
+  SharedBytes shared;
+  Layout at{};
+  at.a = shared.take<float>(shape.rows * pitch_of(shape.keys.dim));
+  at.b = shared.take<float>(shape.columns * pitch_of(shape.keys.dim));
+  at.partial = shared.take<uint64_t>(tile * shape.slots);
+  at.best = shared.take<uint64_t>(shape.rows);
+  at.order = shared.take<uint64_t>(most_a);
+  at.scale = shared.take<float>(shape.rows);
+  at.column = shared.take<uint16_t>(most_a);
+  at.list_a = shared.take<uint16_t>(most_a);
+  at.list_b = shared.take<uint16_t>(most_b);
+  at.leaves = shared.take<uint32_t>(kMostTokens / kWarp);
+  at.bytes = shared.next;
+  return at;
+}
+
+/// Mean over heads of the 16 bytes of channels from `first` on of one token's keys, heads in order.
+template <class T, int kCount>
+__device__ __forceinline__ void head_mean(const T* first, const Keys& keys, float (&mean)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) mean[i] = 0;
+#pragma unroll 1
+  for (int head = 0; head < keys.heads; head += kHeadsInFlight) {
+    uint4 raw[kHeadsInFlight];
+#pragma unroll
+    for (int h = 0; h < kHeadsInFlight; ++h) {
+      // Beyond the last head: zeros, which leave a sum as it is.
+      raw[h] = make_uint4(0, 0, 0, 0);
+      if (head + h < keys.heads) raw[h] = __ldg(reinterpret_cast<const uint4*>(first + h * keys.dim));
+    }
+    first += kHeadsInFlight * keys.dim;
+#pragma unroll
+    for (int h = 0; h < kHeadsInFlight; ++h) {
+      float key[kCount];
+      unpack(raw[h], key, T{});
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) mean[i] += key[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) mean[i] *= keys.head_share;
+}
+
+/// The keys of token `token` (counted over all images), first head.
+template <class T>
+__device__ __forceinline__ const T* key_of(const T* qkv, const Keys& keys, int64_t token) {
+  return qkv + (token * 3 + 1) * (int64_t(keys.heads) * keys.dim);
+}
+
+struct Counts {
+  int a, b;
+};
+
+/// Sides as given: one warp walks the tokens, so that the lists ascend. Counts go to shared memory.
+__device__ void list_given_sides(const Shape& shape, const uint8_t* in_side_a, uint16_t* list_a, uint16_t* list_b,
+                                 Counts* counts) {
+  if (threadIdx.x >= kWarp) return;
+  const int lane = int(threadIdx.x);
+  const unsigned before = (1u << lane) - 1;
+  int a = 0, b = 0;
+  for (int first = shape.protected_tokens; first < shape.keys.tokens; first += kWarp) {
+    const int token = first + lane;
+    const bool exists = token < shape.keys.tokens;
+    const bool is_a = exists && in_side_a[token] != 0;
+    const unsigned all_a = __ballot_sync(kAllLanes, is_a), all_b = __ballot_sync(kAllLanes, exists && !is_a);
+    if (is_a) {
+      list_a[a + __popc(all_a & before)] = uint16_t(token);
+    } else if (exists) {
+      list_b[b + __popc(all_b & before)] = uint16_t(token);
+    }
+    a += __popc(all_a);
+    b += __popc(all_b);
+  }
+  if (lane == 0) *counts = {a, b};
+}
+
+__host__ __device__ constexpr Counts alternating(int tokens, int protected_tokens) {
+  return {(tokens + 1) / 2 - (protected_tokens + 1) / 2, tokens / 2 - protected_tokens / 2};
+}
+
+/// Both sides without protected tokens, ascending. Ends with a barrier of the block.
+__device__ Counts list_sides(const Shape& shape, const uint8_t* in_side_a, uint16_t* list_a, uint16_t* list_b) {
+  __shared__ Counts given;
+  if (in_side_a) {
+    list_given_sides(shape, in_side_a, list_a, list_b, &given);
+    __syncthreads();
+    return given;
+  }
+  const Counts counts = alternating(shape.keys.tokens, shape.protected_tokens);
+  const int odd = shape.protected_tokens & 1;
+  for (int i = int(threadIdx.x); i < max(counts.a, counts.b); i += kThreads) {
+    if (i < counts.a) list_a[i] = uint16_t(shape.protected_tokens + odd + 2 * i);
+    if (i < counts.b) list_b[i] = uint16_t(shape.protected_tokens + 1 - odd + 2 * i);
+  }
+  __syncthreads();
+  return counts;
+}
+
+/// Head means of `count_a` tokens into this block's `a`, of this block's share of `count_b` into every block's `b`.
+template <class T>
+__device__ void load_metric(const T* qkv, const Keys& keys, int64_t first_token, const uint16_t* list_a, int count_a,
+                            const uint16_t* list_b, int count_b, float* a, float* b, int rank, int cluster) {
+  const int share = (count_b + cluster - 1) / cluster;
+  const int first_b = min(rank * share, count_b), own_b = min(share, count_b - first_b);
+  const int pitch = pitch_of(keys.dim), chunks = keys.dim / kChunk<T>;
+  for (int item = int(threadIdx.x); item < (count_a + own_b) * chunks; item += kThreads) {
+    const int place = item / chunks, d = (item - place * chunks) * kChunk<T>;
+    const bool is_a = place < count_a;
+    const int row = is_a ? place : first_b + place - count_a;
+    float mean[kChunk<T>];
+    head_mean(key_of(qkv, keys, first_token + (is_a ? list_a : list_b)[row]) + d, keys, mean);
+    if (is_a || cluster == 1) {
+      store_chunk((is_a ? a : b) + row * pitch + d, mean);
+    } else {
+      for (int to = 0; to < cluster; ++to) store_chunk(of_block(b, to, cluster) + row * pitch + d, mean);
+    }
+  }
+}
+
+/// Inverse norms of `count_a` rows of `a` into `scale`; `count_b` rows of `b` to unit length. Half a warp a row, lane l
+/// sums the squares of d = l, l + 16, …, what is beyond the last 16 comes after them: kernels/wide.h's order.
+__device__ void normalise(const Keys& keys, const float* a, int count_a, float* scale, float* b, int count_b) {
+  const int lane = int(threadIdx.x) % kHalfWarp, pitch = pitch_of(keys.dim), whole = keys.dim / kHalfWarp * kHalfWarp;
+  const unsigned half = 0xffffu << (threadIdx.x & kHalfWarp);
+  for (int place = int(threadIdx.x) / kHalfWarp; place < count_a + count_b; place += kThreads / kHalfWarp) {
+    const bool is_a = place < count_a;
+    const float* row = is_a ? a + place * pitch : b + (place - count_a) * pitch;
+    float square = 0;
+    for (int d = lane; d < whole; d += kHalfWarp) square = fmaf(row[d], row[d], square);
+#pragma unroll
+    for (int offset = kHalfWarp / 2; offset > 0; offset /= 2)
+      square += __shfl_xor_sync(half, square, offset, kHalfWarp);
+    for (int d = whole; d < keys.dim; ++d) square = fmaf(row[d], row[d], square);
+    const float inverse = inverse_norm(square);
+    __syncwarp(half);  // all have read the tail before any writes
+    if (is_a) {
+      if (lane == 0) scale[place] = inverse;
+    } else {
+      float* to = b + (place - count_a) * pitch;
+      for (int d = lane; d < keys.dim; d += kHalfWarp) to[d] *= inverse;
+    }
+  }
+}
+
+/// Improves best[row] by the columns in `b`, whose first is column `first_column` of side B.
+template <int kTile>
+__device__ void search(const Shape& shape, const float* a, int count_a, const float* b, int count_b, int first_column,
+                       uint64_t* partial, uint64_t* best) {
+  const int pitch = pitch_of(shape.keys.dim);
+  const Tiling tiles = tiling<kTile, kTile>(count_a, count_b);
+  for (int first = 0; first < tiles.count(); first += shape.slots) {
+    const int slot = int(threadIdx.x), last = min(first + shape.slots, tiles.count());
+    if (first + slot < last) {
+      const int row = (first + slot) / tiles.across, column = (first + slot) - row * tiles.across;
+      float sum[kTile][kTile] = {};
+      multiply(a + row * pitch, tiles.down * pitch, b + column * pitch, tiles.across * pitch, shape.keys.dim, sum);
+      store_best(
+          sum, column, tiles.across, count_b, first_column, [](int) { return 1.0f; }, partial, shape.slots, slot);
+    }
+    __syncthreads();
+    for (int row = int(threadIdx.x); row < count_a; row += kThreads) {
+      best[row] = better_partner(best[row], partial, shape.slots, tiles, row, first, last);
+    }
+    __syncthreads();
+  }
+}
+
+/// Ranks side A by `order` and writes the image's plan. All of it in one block.
+__device__ void write_plan(const Shape& shape, Counts counts, const uint64_t* order, const uint16_t* column,
+                           const uint16_t* list_a, const uint16_t* list_b, uint32_t* leaves, int32_t* keep,
+                           int32_t* src, int32_t* dst) {
+  const int first_b = shape.protected_tokens + counts.a - shape.r, kept = shape.keys.tokens - shape.r;
+  const int whole_warps = (counts.a + kWarp - 1) / kWarp * kWarp;
+  for (int row = int(threadIdx.x); row < whole_warps; row += kThreads) {
+    int rank = shape.r;
+    if (shape.r > 0 && row < counts.a) rank = count_smaller(order, counts.a, order[row]);
+    const bool goes = rank < shape.r;
+    const unsigned all = __ballot_sync(kAllLanes, goes);
+    if (row % kWarp == 0) leaves[row / kWarp] = all;
+    if (goes) {
+      src[rank] = list_a[row];
+      dst[rank] = first_b + column[row];
+    }
+  }
+  __syncthreads();
+  for (int token = int(threadIdx.x); token < shape.protected_tokens; token += kThreads) keep[token] = token;
+  for (int row = int(threadIdx.x); row < counts.a; row += kThreads) {
+    const uint32_t own = leaves[row / kWarp], bit = 1u << row % kWarp;
+    if (own & bit) continue;
+    int gone = __popc(own & (bit - 1));
+    for (int word = 0; word < row / kWarp; ++word) gone += __popc(leaves[word]);
+    const int to = shape.protected_tokens + row - gone;
+    if (to < kept) keep[to] = list_a[row];
+  }
+  // An r beyond side A cannot be seen by the host where sides are given; writes stay in bounds nevertheless.
+  for (int i = int(threadIdx.x); i < counts.b; i += kThreads) {
+    if (first_b + i >= 0) keep[first_b + i] = list_b[i];
+  }
+}
+
+template <class T, int kTile>
+__global__ void __launch_bounds__(kThreads, 2)
+    match_kernel(const T* qkv, Shape shape, Layout at, const uint8_t* in_side_a, int32_t* keep, int32_t* src,
+                 int32_t* dst) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  const auto floats = [&](int offset) { return reinterpret_cast<float*>(shared + offset); };
+  const auto longs = [&](int offset) { return reinterpret_cast<uint64_t*>(shared + offset); };
+  const auto shorts = [&](int offset) { return reinterpret_cast<uint16_t*>(shared + offset); };
+  const int rank = int(blockIdx.x) % shape.cluster, cluster = shape.cluster;
+  const int64_t image = int(blockIdx.x) / shape.cluster;
+  uint16_t *list_a = shorts(at.list_a), *list_b = shorts(at.list_b);
+  const Counts counts = list_sides(shape, in_side_a, list_a, list_b);
+
+  if (shape.r > 0 && counts.b > 0) {
+    const int share = (counts.a + cluster - 1) / cluster;
+    const int own_first = min(rank * share, counts.a), own_last = min(own_first + share, counts.a);
+    const bool all_b_fits = counts.b <= shape.columns;
+    uint64_t* best = longs(at.best);
+    float* scale = floats(at.scale);
+    // Chunks are counted by the share, the same in every block of the cluster: their barriers must agree.
+    for (int chunk = 0; chunk < share; chunk += shape.rows) {
+      const int first_a = own_first + chunk, count_a = max(0, min(shape.rows, own_last - first_a));
+      for (int row = int(threadIdx.x); row < count_a; row += kThreads) best[row] = kNoPartner;
+      for (int first_b = 0; first_b < counts.b; first_b += shape.columns) {
+        const int count_b = min(shape.columns, counts.b - first_b);
+        const int fresh_a = first_b == 0 ? count_a : 0, fresh_b = all_b_fits && chunk > 0 ? 0 : count_b;
+        barrier(cluster);  // every block has started, and none reads the last chunk any more
+        load_metric(qkv, shape.keys, image * shape.keys.tokens, list_a + first_a, fresh_a, list_b + first_b, fresh_b,
+                    floats(at.a), floats(at.b), rank, cluster);
+        barrier(cluster);
+        normalise(shape.keys, floats(at.a), fresh_a, scale, floats(at.b), fresh_b);
+        __syncthreads();
+        search<kTile>(shape, floats(at.a), count_a, floats(at.b), count_b, first_b, longs(at.partial), best);
+      }
+      for (int row = int(threadIdx.x); row < count_a; row += kThreads) {
+        float score = score_of(best[row]);
+        if (score != -INFINITY) score *= scale[row];
+        of_block(longs(at.order), 0, cluster)[first_a + row] = sort_key(score, first_a + row);
+        of_block(shorts(at.column), 0, cluster)[first_a + row] = uint16_t(column_of(best[row]));
+      }
+    }
+    barrier(cluster);
+  }
+  if (rank != 0) return;
+  write_plan(shape, counts, longs(at.order), shorts(at.column), list_a, list_b,
+             reinterpret_cast<uint32_t*>(shared + at.leaves), keep + image * (shape.keys.tokens - shape.r),
+             src + image * shape.r, dst + image * shape.r);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    key_mean_kernel(const T* qkv, Keys keys, int64_t tokens_of_batch, float* out) {
+  const int chunks = keys.dim / kChunk<T>;
+  const int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (item >= tokens_of_batch * chunks) return;
+  const int64_t token = item / chunks;
+  const int d = int(item - token * chunks) * kChunk<T>;
+  float mean[kChunk<T>];
+  head_mean(key_of(qkv, keys, token) + d, keys, mean);
+  store_chunk(out + token * keys.dim + d, mean);
+}
+
+Keys checked_keys(const char* what, const void* qkv, int batch, int tokens, int heads, int head_dim) {
+  if (batch < 0 || tokens < 1 || heads < 1 || head_dim < 8 || head_dim % 8 != 0) {
+    fail(ExitCode::usage, what, ": qkv of ", batch, " x ", tokens, " tokens, ", heads, " heads of ", head_dim,
+         "; expected at least one token and head, and a head dimension that is a multiple of 8");
+  }
+  if (batch > 0 && (!qkv || reinterpret_cast<uintptr_t>(qkv) % 16 != 0)) {
+    fail(ExitCode::usage, what, ": qkv must be 16-byte aligned device memory");
+  }
+  return {tokens, heads, head_dim, 1.0f / float(heads)};
+}
+
+int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+/// The largest chunks of both sides that fit: all of both at the usual shapes.
+Layout fit(Shape& shape, int tile, int most_a, int most_b) {
+  shape.rows = std::max(8, round_up((most_a + shape.cluster - 1) / shape.cluster, 8));
+  shape.columns = std::max(8, round_up(most_b, 8));
+  const size_t limit = shared_memory_limit();
+  for (;;) {
+    shape.slots = std::min(kThreads, (shape.rows / tile) * (shape.columns / tile));
+    const Layout at = lay_out(shape, tile, most_a, most_b);
+    // 64: what list_sides holds in static shared memory counts towards the limit.
+    if (size_t(at.bytes) + 64 <= limit) return at;
+    if (shape.rows == 8 && shape.columns == 8) {
+      fail(ExitCode::device, "match: ", shape.keys.tokens, " tokens need ", at.bytes,
+           " bytes of shared memory; this device has ", limit, " a block");
+    }
+    (shape.rows >= shape.columns ? shape.rows : shape.columns) -= 8;
+  }
+}
+
+Counts checked_sides(const MatchCall& call) {
+  const int others = call.tokens - call.protected_tokens;
+  if (call.tokens > kMostTokens || call.head_dim > kMostDim || call.protected_tokens < 0 || others < 0) {
+    fail(ExitCode::usage, "match: ", call.tokens, " tokens, ", call.protected_tokens, " of them protected, of ",
+         call.head_dim, "; expected up to ", kMostTokens, " tokens of up to ", kMostDim);
+  }
+  const Counts most = call.in_side_a ? Counts{others, others} : alternating(call.tokens, call.protected_tokens);
+  if (call.r < 0 || call.r > (most.b == 0 ? 0 : most.a)) {
+    fail(ExitCode::usage, "match: r is ", call.r, "; expected 0 to ", most.b == 0 ? 0 : most.a, " for ", call.tokens,
+         " tokens");
+  }
+  if (call.batch > 0 && ((call.tokens > call.r && !call.keep) || (call.r > 0 && (!call.src || !call.dst)))) {
+    fail(ExitCode::usage, "match: keep, src and dst must be device memory");
+  }
+  return most;
+}
+
+template <class T, int kTile>
+void launch(const MatchCall& call, Shape shape, Counts most, cudaStream_t stream) {
+  const Layout at = fit(shape, kTile, most.a, most.b);
+  launch_clustered(match_kernel<T, kTile>, dim3(unsigned(call.batch * shape.cluster)), shape.cluster, size_t(at.bytes),
+                   stream, static_cast<const T*>(call.qkv), shape, at, call.in_side_a, call.keep, call.src, call.dst);
+}
+
+}  // namespace
+
+void match_bipartite(const MatchCall& call, cudaStream_t stream) {
+  constexpr int kTokensOfBlock = 16, kBusyTiles = 64;
+  Shape shape{};
+  shape.keys = checked_keys("match", call.qkv, call.batch, call.tokens, call.heads, call.head_dim);
+  shape.r = call.r;
+  shape.protected_tokens = call.protected_tokens;
+  const Counts most = checked_sides(call);
+  if (call.batch == 0) return;
+  with_type(call.dtype, [&](auto type) {
+    using T = decltype(type);
+    const Device device = device_for(match_kernel<T, 4>);
+    shape.cluster = call.r == 0 ? 1 : cluster_size(device, call.batch, call.tokens, kTokensOfBlock);
+    // A tile of 8x8 halves the reads of shared memory; with few of them, four times as many threads are worth more.
+    const int tiles = (round_up(most.a, 8 * shape.cluster) / (8 * shape.cluster)) * (round_up(most.b, 8) / 8);
+    if (tiles >= kBusyTiles) {
+      launch<T, 8>(call, shape, most, stream);
+    } else {
+      launch<T, 4>(call, shape, most, stream);
+    }
+  });
+}
+
+void key_mean(const void* qkv, DType dtype, int batch, int tokens, int heads, int head_dim, float* out,
+              cudaStream_t stream) {
+  const Keys keys = checked_keys("key_mean", qkv, batch, tokens, heads, head_dim);
+  if (batch == 0) return;
+  if (!out || reinterpret_cast<uintptr_t>(out) % 16 != 0) {
+    fail(ExitCode::usage, "key_mean: out must be 16-byte aligned device memory");
+  }
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t rows = int64_t(batch) * tokens, items = rows * (head_dim / kChunk<T>);
+    const unsigned blocks = unsigned((items + kThreads - 1) / kThreads);
+    key_mean_kernel<T><<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(qkv), keys, rows, out);
+    PYRA_CUDA_LAUNCHED();
+  });
+}
+
+}  // namespace pyra::kernels::cuda

@@ -1,0 +1,378 @@
+// Token merging: gather, PYRA's gate, reduction, new sizes and the LayerNorm that follows, in one kernel.
+//
+// A block owns a slice of an image's output tokens, a warp one of them at a time, a lane its vectors of channels
+// (row.cuh). The launch picks how many slices an image is cut into; no sum knows of it.
+// With a gate every block first computes the gates of its whole image: w1 adds up over all pairs, and to recompute them
+// from L2 costs a small batch less than a second launch, a large one (a slice is an image then) nothing. A round takes
+// kSlots pairs, a warp one of them: it leaves a[i] P[i] in shared memory and keeps w2[i], then every thread adds the
+// round's rows to the channels it owns, in the plan's order.
+// Then each warp finds the sources of its output token by ballots over dst (ascending, the plan's order again) and adds
+// them. Reading a round's or a source's rows ahead of their turn was given up: the registers it takes spill, or halve
+// the warps whose loads are in flight.
+//
+// Bytes moved: K + R tokens read (the gate's R and their destinations once more, from L2 in the main), K written twice.
+#include "kernels/cuda/merge.h"
+
+#include "kernels/cuda/row.cuh"
+
+namespace pyra::kernels::cuda {
+namespace {
+
+constexpr int kSlotFloats = 12 << 10;  // two blocks of 48 KB and their plans fit a multiprocessor
+
+/// What an instance of the kernel is made of: element types, values of a row in a lane.
+template <class Residual_, class Compute_, class Row>
+struct Shape {
+  using Residual = Residual_;
+  using Compute = Compute_;
+  static constexpr int kValues = Row::kValues;
+  static constexpr int kWidth = kVectorOf<Residual, Compute>;
+  static constexpr int kChunks = kValues / kWidth;
+  static constexpr int kPositions = kValues * kWarp;  // channels, padded
+  // Registers decide: a lane holds a row in fp32 and another as it comes. 64, 80, 168 or 255 of them.
+  static constexpr int kHeld = kValues + kValues * int(sizeof(Residual)) / 4;
+  static constexpr int kWarps = kHeld <= 36 ? 16 : kHeld <= 96 ? 12 : 8;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kBlocks = kHeld <= 48 ? 2 : 1;  // on a multiprocessor
+  static constexpr int kSlots = kSlotFloats / kPositions < kWarps ? kSlotFloats / kPositions : kWarps;
+  using Vector = Words<Residual, kWidth>;
+  [[nodiscard]] __device__ __forceinline__ static int channels(const MergeCall& call) {
+    return Row::channels(call.channels);
+  }
+  using Raw = RawRow<Residual, kValues, kWidth>;
+};
+
+/// A block's shared memory: arrays of the image's plan, keep of the slice, and with a gate rows in the order of
+/// `position`. Addresses follow from two numbers, so that they cost no registers.
+template <class S>
+struct Shared {
+  float* memory;
+  int merged, slice;
+
+  static constexpr int kArrays = 8;
+  [[nodiscard]] static size_t bytes(bool gated, int merged, int slice) {
+    return 4 * (size_t(rows_at(merged, slice)) + (gated ? size_t(S::kSlots + 1) * S::kPositions : 0));
+  }
+  [[nodiscard]] __host__ __device__ static int rows_at(int merged, int slice) {
+    return (kArrays * merged + slice + 3) & ~3;
+  }
+  __device__ float* source_unit() const { return memory; }                            // [R] u of the source
+  __device__ float* destination_unit() const { return memory + merged; }              // [R] u of the destination
+  __device__ float* weight() const { return memory + 2 * merged; }                    // [R] src_weight u
+  __device__ float* growth() const { return memory + 3 * merged; }                    // [R] added to the size
+  __device__ float* token_gate() const { return memory + 4 * merged; }                // [R] w2
+  __device__ int* source_token() const { return ints(5); }                            // [R] src
+  __device__ int* destination_token() const { return ints(6); }                       // [R] keep[dst]
+  __device__ int* destination() const { return ints(7); }                             // [R] dst
+  __device__ int* kept() const { return ints(8); }                                    // [slice] keep
+  __device__ float* channel_gate() const { return memory + rows_at(merged, slice); }  // [kPositions] w1
+  __device__ float* gate_row(int slot) const {                                        // [kSlots][kPositions] a[i] P[i]
+    return channel_gate() + (slot + 1) * S::kPositions;
+  }
+
+ private:
+  __device__ int* ints(int array) const { return reinterpret_cast<int*>(memory + array * merged); }
+};
+
+/// Where a lane's vector of 4 values stands in a row in shared memory: a warp's accesses of 16 bytes are contiguous.
+__device__ __forceinline__ int position(int quad, int lane) {
+  return (quad * kWarp + lane) * 4;
+}
+
+/// 2 sigmoid(x) - 1, exactly 0 at 0: where b is 0 the gate is none, bit for bit.
+__device__ __forceinline__ float gate_of(float x) {
+  return tanhf(__fmul_rn(0.5f, x));
+}
+
+template <class S>
+__device__ __forceinline__ const typename S::Residual* row_of(const MergeCall& call, int image, int token) {
+  return static_cast<const typename S::Residual*>(call.x) + (int64_t(image) * call.tokens + token) * S::channels(call);
+}
+
+__device__ __forceinline__ float size_of_token(const MergeCall& call, int image, int token) {
+  return call.sizes ? call.sizes[int64_t(image) * call.tokens + token] : 1.0f;
+}
+
+/// The image's plan and the slice's part of `keep` to shared memory.
+template <class S>
+__device__ __forceinline__ void stage_plan(const MergeCall& call, int image, const Shared<S>& s, int begin, int end) {
+  const int64_t pairs = int64_t(image) * call.merged, kept = int64_t(image) * call.kept;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < call.merged; i += S::kThreads) {
+    const int token = call.src[pairs + i], destination = call.dst[pairs + i];
+    const float size = size_of_token(call, image, token), unit = call.weighted ? size : 1.0f;
+    s.source_token()[i] = token;
+    s.destination()[i] = destination;
+    s.weight()[i] = call.src_weight ? __fmul_rn(call.src_weight[pairs + i], unit) : unit;
+    s.growth()[i] = call.src_size_scale ? __fmul_rn(size, call.src_size_scale[pairs + i]) : size;
+    if (!call.gate_a) continue;
+    const int receiver = call.keep[kept + destination];
+    s.source_unit()[i] = unit;
+    s.destination_token()[i] = receiver;
+    s.destination_unit()[i] = call.weighted ? size_of_token(call, image, receiver) : 1.0f;
+  }
+#pragma unroll 1
+  for (int k = begin + int(threadIdx.x); k < end; k += S::kThreads) s.kept()[k - begin] = call.keep[kept + k];
+}
+
+/// A warp's pair i: a[i] P[i] to `slot`, w2[i]. P = LayerNorm(u_src x_src + u_dst x_dst).
+template <class S>
+__device__ __forceinline__ void gate_pair(const MergeCall& call, int image, const Shared<S>& s, int i, float* slot,
+                                          int lane) {
+  constexpr int kWidth = S::kWidth;
+  const auto *source = row_of<S>(call, image, s.source_token()[i]),
+             *destination = row_of<S>(call, image, s.destination_token()[i]);
+  const float u = s.source_unit()[i], v = s.destination_unit()[i];
+  float p[S::kValues];
+#pragma unroll
+  for (int j = 0; j < S::kChunks; ++j) {
+    pace<S::kValues>(j);
+    const int c = (j * kWarp + lane) * kWidth, from = c < S::channels(call) ? c : 0;
+    const auto x = S::Vector::read(source + from), y = S::Vector::read(destination + from);
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) p[j * kWidth + e] = __fmaf_rn(u, x.value(e), __fmul_rn(v, y.value(e)));
+  }
+  normalise<kWidth>(p, S::channels(call), call.gate_eps, lane);
+  const float a = call.gate_a[i];
+  float product = 0;
+#pragma unroll
+  for (int quad = 0; quad < S::kValues / 4; ++quad) {
+    const int c = (quad / (kWidth / 4) * kWarp + lane) * kWidth + quad % (kWidth / 4) * 4;
+    pace<S::kValues>(quad);
+    float row[4] = {0, 0, 0, 0};
+    if (c < S::channels(call)) {
+      float weight[4], bias[4], b[4];
+      load_floats<float, 4>(call.gate_weight + c, weight);
+      load_floats<float, 4>(call.gate_bias + c, bias);
+      load_floats<float, 4>(call.gate_b + c, b);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float affine = __fmaf_rn(p[quad * 4 + e], weight[e], bias[e]);
+        product = __fmaf_rn(affine, b[e], product);
+        row[e] = __fmul_rn(a, affine);
+      }
+    }
+    store_floats<float, 4>(slot + position(quad, lane), row);
+  }
+  product = warp_sum(product);
+  if (lane == 0) s.token_gate()[i] = gate_of(product);
+}
+
+/// w1 and w2 of the image into shared memory. Ends with a barrier.
+template <class S>
+__device__ __forceinline__ void compute_gates(const MergeCall& call, int image, const Shared<S>& s, int warp,
+                                              int lane) {
+  constexpr int kOwned = (S::kPositions + S::kThreads - 1) / S::kThreads;
+  float sum[kOwned] = {};
+#pragma unroll 1
+  for (int base = 0; base < call.merged; base += S::kSlots) {
+    const int i = base + warp, count = min(S::kSlots, call.merged - base);
+    if (warp < S::kSlots && i < call.merged) gate_pair<S>(call, image, s, i, s.gate_row(warp), lane);
+    __syncthreads();
+#pragma unroll 2
+    for (int j = 0; j < count; ++j) {
+#pragma unroll
+      for (int n = 0; n < kOwned; ++n) {
+        const int own = n * S::kThreads + threadIdx.x;
+        if (own < S::kPositions) sum[n] = __fadd_rn(sum[n], s.gate_row(j)[own]);
+      }
+    }
+    __syncthreads();  // the next round writes over these rows
+  }
+#pragma unroll
+  for (int n = 0; n < kOwned; ++n) {
+    const int own = n * S::kThreads + threadIdx.x;
+    if (own < S::kPositions) s.channel_gate()[own] = __fadd_rn(1.0f, gate_of(sum[n]));
+  }
+  __syncthreads();
+}
+
+/// The sources of output token k in ascending order, by the whole warp; -1 after the last.
+class Sources {
+ public:
+  __device__ Sources(const int* destination, int merged, int k, int lane)
+      : destination_(destination), merged_(merged), k_(k), lane_(lane) {}
+  __device__ __forceinline__ int next() {
+    while (mask_ == 0) {
+      base_ += kWarp;
+      if (base_ >= merged_) return -1;
+      const int i = base_ + lane_;
+      mask_ = __ballot_sync(kAllLanes, i < merged_ && destination_[i] == k_);
+    }
+    const int bit = __ffs(int(mask_)) - 1;
+    mask_ &= mask_ - 1;
+    return base_ + bit;
+  }
+
+ private:
+  const int* destination_;
+  int merged_, k_, lane_, base_ = -kWarp;
+  unsigned mask_ = 0;
+};
+
+/// row += S'[i] w / divisor. In this order a gate of 1 leaves the factor, and so the sum, as without a gate.
+template <class S>
+__device__ __forceinline__ void add_source(const MergeCall& call, int image, const Shared<S>& s, int i, float divisor,
+                                           float (&row)[S::kValues], int lane) {
+  constexpr int kWidth = S::kWidth;
+  const auto* source = row_of<S>(call, image, s.source_token()[i]);
+  const float share = quotient(s.weight()[i], divisor), w2 = call.gate_a ? s.token_gate()[i] : 0.0f;
+#pragma unroll
+  for (int j = 0; j < S::kChunks; ++j) {
+    pace<S::kValues>(j);
+    const int c = (j * kWarp + lane) * kWidth;
+    const auto x = S::Vector::read(source + (c < S::channels(call) ? c : 0));
+#pragma unroll
+    for (int q = 0; q < kWidth / 4; ++q) {
+      float factor[4] = {share, share, share, share};
+      if (call.gate_a) {
+        float w1[4];
+        load_floats<float, 4>(s.channel_gate() + position(j * kWidth / 4 + q, lane), w1);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) factor[e] = __fmul_rn(share, __fmaf_rn(w1[e], w2, 1.0f));
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& sum = row[j * kWidth + q * 4 + e];
+        sum = __fmaf_rn(x.value(q * 4 + e), factor[e], sum);
+      }
+    }
+  }
+}
+
+/// Output token k of the image, by a warp: x_out, sizes_out and y.
+template <class S>
+__device__ __forceinline__ void merge_row(const MergeCall& call, int image, const Shared<S>& s, int k, int token,
+                                          int lane) {
+  using T = typename S::Residual;
+  using Y = typename S::Compute;
+  typename S::Raw raw;
+  raw.load(row_of<S>(call, image, token), S::channels(call), lane);
+  const float size = size_of_token(call, image, token), unit = call.weighted ? size : 1.0f;
+  float divisor = unit, grown = size;
+  Sources find(s.destination(), call.merged, k, lane);
+  const int first = find.next();
+  for (int i = first; i >= 0; i = find.next()) {
+    divisor = __fadd_rn(divisor, s.weight()[i]);
+    grown = __fadd_rn(grown, s.growth()[i]);
+  }
+  const int64_t output = int64_t(image) * call.kept + k, to = output * S::channels(call);
+  T* x_out = static_cast<T*>(call.x_out) + to;
+  if (lane == 0) call.sizes_out[output] = grown;
+
+  float rows[1][S::kValues];
+  auto& row = rows[0];
+  if (first < 0) {
+    raw.store(x_out, S::channels(call), lane);
+#pragma unroll
+    for (int v = 0; v < S::kValues; ++v) row[v] = raw.value(v);
+  } else {
+    const float share = quotient(unit, divisor);
+#pragma unroll
+    for (int v = 0; v < S::kValues; ++v) row[v] = __fmul_rn(raw.value(v), share);
+    Sources again(s.destination(), call.merged, k, lane);
+    for (int i = again.next(); i >= 0; i = again.next()) add_source<S>(call, image, s, i, divisor, row, lane);
+    store_row<T, S::kWidth>(x_out, row, S::channels(call), lane);
+  }
+  normalise<S::kWidth>(row, S::channels(call), call.norm_eps, lane);
+  store_affine<Y, S::kWidth>(rows, call.norm_weight, call.norm_bias, S::channels(call), lane,
+                             static_cast<Y*>(call.y) + to, 0, 1);
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) merge_kernel(const MergeCall call, int slice) {
+  extern __shared__ float4 memory[];
+  const bool gated = call.gate_a != nullptr;
+  const int image = int(blockIdx.y);
+  const int begin = int(blockIdx.x) * slice, end = min(call.kept, begin + slice);
+  const Shared<S> s{reinterpret_cast<float*>(memory), call.merged, slice};
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  stage_plan<S>(call, image, s, begin, end);
+  __syncthreads();
+  if (gated) compute_gates<S>(call, image, s, warp, lane);
+#pragma unroll 1
+  for (int k = begin + warp; k < end; k += S::kWarps) merge_row<S>(call, image, s, k, s.kept()[k - begin], lane);
+}
+
+/// Output tokens of a block: the cut of images that fills the multiprocessors' rounds of blocks with the least work,
+/// counted in rows; every block of a gated image pays for R pairs, some two rows from L2.
+template <class S>
+int slice_of(const MergeCall& call) {
+  const int64_t room = int64_t(multiprocessors()) * S::kBlocks;
+  const int most = (call.kept + S::kWarps - 1) / S::kWarps;
+  int64_t best = 0;
+  int chosen = call.kept;
+  for (int slices = 1; slices <= most; ++slices) {
+    const int slice = (call.kept + slices - 1) / slices;
+    const int64_t rounds = (call.batch * int64_t(slices) + room - 1) / room;
+    const int64_t work = rounds * (slice + (call.gate_a ? call.merged : 0));
+    if (slices > 1 && work >= best) continue;
+    best = work;
+    chosen = slice;
+  }
+  return chosen;
+}
+
+template <class S>
+void launch(const MergeCall& call, cudaStream_t stream) {
+  const int slice = slice_of<S>(call), slices = (call.kept + slice - 1) / slice;
+  const size_t bytes = Shared<S>::bytes(call.gate_a != nullptr, call.merged, slice);
+  const size_t limit = shared_memory_limit();
+  if (bytes > limit)
+    fail(ExitCode::device, "merge: a plan of ", call.merged, " pairs of ", call.channels, " channels needs ", bytes,
+         " bytes of shared memory; this device has ", limit);
+  if (bytes > (48u << 10))
+    PYRA_CUDA(cudaFuncSetAttribute(merge_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  merge_kernel<S><<<dim3(unsigned(slices), unsigned(call.batch)), S::kThreads, bytes, stream>>>(call, slice);
+  PYRA_CUDA_LAUNCHED();
+}
+
+void check(const MergeCall& call) {
+  constexpr const char* kWho = "merge";
+  check_channels(kWho, call.channels);
+  check_dtype(kWho, call.residual);
+  check_dtype(kWho, call.compute);
+  if (call.residual != DType::fp32 && call.residual != call.compute)
+    fail(ExitCode::usage, kWho, ": a residual stream of 16 bits must be of the type computed in");
+  if (call.batch < 0 || call.batch > 65535 || call.tokens < 1 || call.kept < 1 || call.merged < 0 ||
+      call.merged > call.tokens - call.kept)
+    fail(ExitCode::usage, kWho, ": ", call.tokens, " tokens, of which ", call.kept, " stay and ", call.merged,
+         " are merged, in ", call.batch, " images");
+  if (call.batch == 0) return;
+  check_pointer(kWho, "x", call.x);
+  check_pointer(kWho, "x_out", call.x_out);
+  check_pointer(kWho, "y", call.y);
+  check_pointer(kWho, "norm_weight", call.norm_weight);
+  check_pointer(kWho, "norm_bias", call.norm_bias);
+  if (call.x_out == call.x) fail(ExitCode::usage, kWho, ": x_out is x");
+  if (!call.keep || !call.sizes_out || (call.merged > 0 && (!call.src || !call.dst)))
+    fail(ExitCode::usage, kWho, ": keep, src, dst or sizes_out is null");
+  if (!call.gate_a) return;
+  check_pointer(kWho, "gate_b", call.gate_b);
+  check_pointer(kWho, "gate_weight", call.gate_weight);
+  check_pointer(kWho, "gate_bias", call.gate_bias);
+}
+
+}  // namespace
+
+/// Gates live in shared memory; nothing is left for the scratch.
+size_t gate_scratch_floats(int /*batch*/, int /*merged*/, int /*channels*/) {
+  return 0;
+}
+
+void merge_tokens(const MergeCall& given, cudaStream_t stream) {
+  MergeCall call = given;
+  if (call.merged == 0) call.gate_a = nullptr;  // a gate that opens for no token is no gate
+  check(call);
+  if (call.batch == 0) return;
+  with_row_shape(call.channels, [&](auto row) {
+    using Row = decltype(row);
+    with_type(call.compute, [&](auto compute) {
+      using Compute = decltype(compute);
+      if (call.residual == DType::fp32) return launch<Shape<float, Compute, Row>>(call, stream);
+      launch<Shape<Compute, Compute, Row>>(call, stream);
+    });
+  });
+}
+
+}  // namespace pyra::kernels::cuda
