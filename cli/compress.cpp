@@ -24,6 +24,7 @@ nlohmann::json to_json(const tasks::CompressOptions& options, const tasks::Compr
                           {"out", options.out.string()},
                           {"arch", result.arch},
                           {"image_size", result.image_size},
+                          {"device", result.device},
                           {"dtype", result.dtype},
                           {"dense", side_json(result.dense, result.batch)},
                           {"compressed", side_json(result.compressed, result.batch)},
@@ -63,7 +64,7 @@ void print_human(std::ostream& out, const tasks::CompressOptions& options, const
     row(out, "images/s", fixed(double(result.batch) / *dense.seconds, 1),
         fixed(double(result.batch) / *compressed.seconds, 1));
     row<std::string>(out, "speed-up", "1.00", fixed(*result.speedup, 2));
-    out << "(" << result.dtype << ", batch " << result.batch << ", median of " << result.runs
+    out << "(" << result.device << ", " << result.dtype << ", batch " << result.batch << ", median of " << result.runs
         << " interleaved runs; half of them between " << fixed(*result.speedup_low, 2) << " and "
         << fixed(*result.speedup_high, 2) << ")\n";
     if (*result.speedup < 1) out << "The compressed model is SLOWER than the dense one on this machine.\n";

@@ -58,10 +58,7 @@ int run_doctor(Session& session) {
   const std::vector<PluginState> plugins = plugin_states(registry);
   std::string temporary_folder;
   const std::string temporary_problem = temporary_folder_problem(temporary_folder);
-  const std::string gpu = machine.nvidia_driver.empty()
-                              ? "no NVIDIA driver; this version runs on the CPU"
-                              : cat("NVIDIA driver ", machine.nvidia_driver,
-                                    " answers, but this version runs on the CPU; the CUDA engine is not part of it");
+  const std::string gpu = machine.gpu;
   std::vector<std::string> problems;
   ExitCode code = ExitCode::ok;
   if (!temporary_problem.empty()) {

@@ -18,6 +18,7 @@ nlohmann::json to_json(const tasks::EvalOptions& options, const tasks::EvalResul
                           {"split", options.split},
                           {"arch", result.arch},
                           {"merge", result.merge},
+                          {"device", result.device},
                           {"dtype", result.dtype},
                           {"images", result.images},
                           {"correct", result.correct},
@@ -39,8 +40,8 @@ void print_human(std::ostream& out, const tasks::EvalOptions& options, const tas
     return cat(std::fixed, std::setprecision(2), 100.0 * double(correct) / double(result.images), "% (", correct,
                " of ", result.images, ")");
   };
-  out << "model   " << options.run.model.string() << " (" << result.arch << ", " << result.merge << ", " << result.dtype
-      << ")\n"
+  out << "model   " << options.run.model.string() << " (" << result.arch << ", " << result.merge << ", "
+      << result.device << ", " << result.dtype << ")\n"
       << "data    " << options.data.string() << ", split " << options.split << "\n";
   for (const auto& [key, value] : result.provenance) out << std::left << std::setw(8) << key << " " << value << "\n";
   out << "top-1   " << percent(result.correct) << "\n";

@@ -81,7 +81,7 @@ void write_dry_run(std::ostream& out, const tasks::DryRunReport& r) {
 }
 
 int run(const Options& o, Session& session) {
-  tasks::check_device(session.globals.device);
+  tasks::check_cpu_only(session.globals.device, "training");
   tasks::FinetuneOptions options;
   options.recipe = read_recipe(o, session.globals);
   options.resume = o.resume;

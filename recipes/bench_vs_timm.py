@@ -13,111 +13,11 @@ import time
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from timm_peers import LoraLinear, MergingVit
 from torch import nn
 
 THREADS, BATCH, ARCH = 2, 32, "vit_ti_patch8_112"
-# PYRA's published "high" schedule for 12 blocks and 197 tokens: tokens removed after each block's attention.
-HIGH = (40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3)
-LORA_RANK, LORA_DROPOUT, DROP_PATH = 8, 0.1, 0.1
-
-
-class LoraLinear(nn.Module):
-    """A frozen linear layer with a trained low-rank term beside it."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-        self.down = nn.Linear(base.in_features, LORA_RANK, bias=False)
-        self.up = nn.Linear(LORA_RANK, base.out_features, bias=False)
-        self.dropout = nn.Dropout(LORA_DROPOUT)
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(self.dropout(x)))
-
-
-class PyraBlock(nn.Module):
-    """A timm block that merges `r` tokens between attention and MLP, as ToMe and PYRA are published (arXiv 2210.09461,
-    2403.09192): bipartite matching of the mean keys, PYRA's gate on the tokens merged away, proportional attention."""
-
-    def __init__(self, block, r):
-        super().__init__()
-        self.block, self.r = block, r
-        width = block.norm1.normalized_shape[0]
-        self.gate_a = nn.Parameter(torch.empty(r, 1).uniform_(-1, 1))
-        self.gate_b = nn.Parameter(torch.zeros(1, width))
-        self.gate_norm = nn.LayerNorm(width)
-
-    def attend(self, x, size):
-        attn = self.block.attn
-        batch, tokens, width = x.shape
-        qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        logits = (query * attn.scale) @ key.transpose(-2, -1)
-        if size is not None:
-            logits = logits + size.log()[:, None, None, :, 0]
-        mixed = logits.softmax(dim=-1) @ value
-        return attn.proj(mixed.transpose(1, 2).reshape(batch, tokens, width)), key.mean(1)
-
-    def match(self, metric):
-        """Per image: tokens of the even side that leave, that stay, and the odd token each leaving one joins."""
-        with torch.no_grad():
-            metric = metric / metric.norm(dim=-1, keepdim=True)
-            scores = metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
-            scores[:, 0] = -math.inf  # the class token stays
-            best, partner = scores.max(dim=-1)
-            order = best.argsort(dim=-1, descending=True)
-            leaving, staying = order[:, : self.r], order[:, self.r :].sort(dim=-1).values
-            return leaving[..., None], staying[..., None], partner.gather(1, leaving)[..., None]
-
-    def merge(self, x, size, metric):
-        leaving, staying, joined = self.match(metric)
-        width = x.shape[-1]
-        if size is None:
-            size = torch.ones_like(x[..., :1])
-
-        def reduced(values, modulate):
-            even, odd = values[:, ::2], values[:, 1::2]
-            columns = values.shape[-1]
-            kept = even.gather(1, staying.expand(-1, -1, columns))
-            source = even.gather(1, leaving.expand(-1, -1, columns))
-            target = joined.expand(-1, -1, columns)
-            if modulate:
-                source = self.modulated(source, odd.gather(1, target))
-            return torch.cat([kept, odd.scatter_add(1, target, source)], dim=1)
-
-        merged, total = reduced(x * size, modulate=True), reduced(size, modulate=False)
-        assert merged.shape[-1] == width
-        return merged / total, total
-
-    def modulated(self, source, target):
-        joint = self.gate_norm(source + target)
-        by_channel = 2 * torch.sigmoid(self.gate_a.transpose(0, 1) @ joint)
-        by_token = 2 * torch.sigmoid(joint @ self.gate_b.transpose(0, 1)) - 1
-        return source + (source * by_channel) * by_token
-
-    def forward(self, x, size):
-        attended, metric = self.attend(self.block.norm1(x), size)
-        x = x + self.block.drop_path1(attended)
-        x, size = self.merge(x, size, metric)
-        return x + self.block.drop_path2(self.block.mlp(self.block.norm2(x))), size
-
-
-class PyraVit(nn.Module):
-    """A timm model whose blocks merge."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.blocks = nn.ModuleList(PyraBlock(block, r) for block, r in zip(model.blocks, HIGH))
-        model.blocks = nn.Sequential()  # they live in self.blocks now
-
-    def forward(self, images):
-        x, size = self.model._pos_embed(self.model.patch_embed(images)), None
-        for block in self.blocks:
-            x, size = block(x, size)
-        return self.model.forward_head(self.model.norm(x))
+DROP_PATH = 0.1
 
 
 def make_model(merged, lora, drop_path):
@@ -130,7 +30,7 @@ def make_model(merged, lora, drop_path):
         for block in model.blocks:
             block.attn.qkv = LoraLinear(block.attn.qkv)
         model.head.requires_grad_(True)
-    return PyraVit(model) if merged else model
+    return MergingVit(model, "pyra", "high") if merged else model
 
 
 def infer_step(merged, dtype):

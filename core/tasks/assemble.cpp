@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "engine/cuda_library.h"
 #include "kernels/linear.h"
 
 namespace pyra::tasks {
@@ -103,12 +104,40 @@ int64_t parameter_count(const Model& model) {
   return count;
 }
 
-void check_device(const std::string& device) {
+std::string resolve_device(const std::string& device) {
+  if (device == "cpu") return device;
+  const engine::CudaLibrary& cuda = engine::cuda_library();
+  if (device == "auto") {
+    const auto devices = cuda.devices();
+    return !devices.empty() && devices[0].major >= engine::kOldestCudaMajor ? "cuda:0" : "cpu";
+  }
+  const bool known = device == "cuda" || (device.starts_with("cuda:") && device.size() > 5 && device.size() < 9 &&
+                                          device.find_first_not_of("0123456789", 5) == std::string::npos);
+  if (!known) fail(ExitCode::usage, "--device ", device, ": expected auto, cpu, cuda or cuda:N");
+  const std::string full = device == "cuda" ? "cuda:0" : device;
+  cuda.check_device(full);
+  return full;
+}
+
+void check_cpu_only(const std::string& device, const std::string& what) {
   if (device == "auto" || device == "cpu") return;
-  const bool cuda = device == "cuda" || (device.starts_with("cuda:") && device.size() > 5 &&
-                                         device.find_first_not_of("0123456789", 5) == std::string::npos);
-  if (!cuda) fail(ExitCode::usage, "--device ", device, ": expected auto, cpu, cuda or cuda:N");
-  fail(ExitCode::device, "--device ", device, ": this version computes on the CPU only; use --device cpu or auto");
+  (void)resolve_device(device);
+  fail(ExitCode::device, "--device ", device, ": ", what, " runs on the CPU in this version; use --device cpu or auto");
+}
+
+engine::Precision resolve_precision(const std::string& dtype, const std::string& device) {
+  if (device == "cpu") return compute_dtype(dtype) == at::kBFloat16 ? engine::Precision::bf16 : engine::Precision::fp32;
+  using engine::Precision;
+  if (dtype == "auto") return Precision::bf16;
+  for (const Precision precision : {Precision::fp32, Precision::tf32, Precision::bf16, Precision::fp16})
+    if (dtype == engine::precision_name(precision)) return precision;
+  fail(ExitCode::usage, "--dtype ", dtype, ": expected auto, fp32, tf32, bf16 or fp16");
+}
+
+std::unique_ptr<engine::Engine> make_engine(const Model& model, const std::string& device, engine::Precision precision,
+                                            bool exact_gelu) {
+  return engine::make_engine(*model.vit, model.file.preprocess,
+                             {.device = device, .precision = precision, .exact_gelu = exact_gelu});
 }
 
 at::ScalarType compute_dtype(const std::string& dtype) {

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "engine/engine.h"
 #include "host/plugin_registry.h"
 #include "io/model_file.h"
 #include "io/recipe.h"
@@ -41,10 +42,18 @@ void attach_peft(Model& model, const host::PluginRegistry& plugins, const io::Pl
 /// Number of elements of the model's own tensors and the merger's, without PEFT's.
 [[nodiscard]] int64_t parameter_count(const Model& model);
 
-/// "auto" | "cpu" | "cuda[:i]" checked for this build; anything but the CPU is Error(device) that says why.
-void check_device(const std::string& device);
-/// "auto" -> bf16 where the hardware has it, else fp32; Error(usage) for a dtype this device does not do.
+/// "auto" | "cpu" | "cuda[:i]" -> "cpu" or "cuda:i"; auto is the first GPU where one answers that is new enough. A GPU
+/// asked for that is not there is Error(device) that says why, another word Error(usage).
+[[nodiscard]] std::string resolve_device(const std::string& device);
+/// For what this version computes on the CPU only (training): Error(device) for a GPU asked for.
+void check_cpu_only(const std::string& device, const std::string& what);
+/// "auto" -> bf16 where the device has it, else fp32; Error(usage) for a dtype it does not do. `device` as resolved.
+[[nodiscard]] engine::Precision resolve_precision(const std::string& dtype, const std::string& device);
+/// The same on the CPU, for training.
 [[nodiscard]] at::ScalarType compute_dtype(const std::string& dtype);
+/// What runs the model on a resolved device; keeps a reference to it.
+[[nodiscard]] std::unique_ptr<engine::Engine> make_engine(const Model& model, const std::string& device,
+                                                          engine::Precision precision, bool exact_gelu = false);
 [[nodiscard]] std::string dtype_name(at::ScalarType dtype);  ///< "fp32", "bf16"
 
 }  // namespace pyra::tasks

@@ -37,20 +37,15 @@ double process_seconds() {
   return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
 }
 
-double timed(const std::function<void()>& run) {
-  const auto start = Clock::now();
-  run();
-  return seconds_since(start);
-}
-
 // Seconds of an iteration once it has its pace: when three in a row are no faster than the best before them by more
 // than kStableWithin, or when warming up takes too long.
-double warm_up(const std::function<void()>& run, int64_t iterations) {
+double warm_up(const BenchSubject& subject, int64_t iterations) {
   const auto start = Clock::now();
-  double best = timed(run);
+  const auto timed = [&] { return 1e-3 * subject.time_ms(1); };
+  double best = timed();
   for (int64_t done = 1, steady = 0; iterations > 0 ? done < iterations : steady < 3; ++done) {
     if (iterations == 0 && seconds_since(start) > kWarmUpSeconds) break;
-    const double seconds = timed(run);
+    const double seconds = timed();
     steady = seconds < best * (1 - kStableWithin) ? 0 : steady + 1;
     best = std::min(best, seconds);
   }
@@ -60,11 +55,8 @@ double warm_up(const std::function<void()>& run, int64_t iterations) {
 void repeat_once(BenchSubject& subject) {
   BenchRow& row = subject.row;
   const double cpu = process_seconds();
-  const auto start = Clock::now();
-  for (int64_t i = 0; i < row.iterations; ++i) subject.run();
-  const double per_iteration = 1e3 / double(row.iterations);
-  row.real_ms.push_back(seconds_since(start) * per_iteration);
-  row.cpu_ms.push_back((process_seconds() - cpu) * per_iteration);
+  row.real_ms.push_back(subject.time_ms(row.iterations) / double(row.iterations));
+  row.cpu_ms.push_back((process_seconds() - cpu) * 1e3 / double(row.iterations));
 }
 
 bool enough(const std::vector<BenchSubject>& subjects, const BenchSettings& settings, int64_t rounds, double seconds) {
@@ -83,8 +75,8 @@ double warm_up_all(std::vector<BenchSubject>& subjects, const BenchSettings& set
   for (size_t i = 0; i < subjects.size(); ++i) {
     BenchRow& row = subjects[i].row;
     memory.reset();
-    const double seconds = warm_up(subjects[i].run, settings.warmup);
-    row.peak_memory_bytes = PeakMemory::bytes();
+    const double seconds = warm_up(subjects[i], settings.warmup);
+    row.peak_memory_bytes = subjects[i].device_bytes ? subjects[i].device_bytes() : PeakMemory::bytes();
     row.iterations = std::max<int64_t>(1, int64_t(std::ceil(settings.min_time / seconds)));
     longest = std::max(longest, seconds * double(row.iterations));
     progress.update(int64_t(i) + 1, row.name);
@@ -150,20 +142,32 @@ BenchReport pooled(BenchReport first, const BenchReport& second) {
 
 }  // namespace
 
+std::string resolve_bench_device(const BenchSettings& settings) {
+  const bool trains = std::ranges::find(settings.modes, "train") != settings.modes.end();
+  if (!trains) return resolve_device(settings.device);
+  check_cpu_only(settings.device, "bench --mode train");
+  return "cpu";
+}
+
 BenchReport run_bench(const BenchSettings& asked, const host::PluginRegistry& plugins, Progress& progress) {
   check(asked);
-  check_device(asked.device);
   if (asked.threads > 0) set_threads(int(asked.threads));
   BenchReport report{.settings = asked, .machine = describe_bench_machine()};
-  report.settings.dtype = report.machine.dtype = dtype_name(compute_dtype(asked.dtype));
+  report.settings.device = resolve_bench_device(asked);
+  report.settings.dtype = engine::precision_name(resolve_precision(asked.dtype, report.settings.device));
+  report.machine.dtype = report.settings.dtype;
+  describe_device(report.settings.device, report.machine);
   report.settings.threads = report.machine.threads = at::get_num_threads();
   const BenchSettings& settings = report.settings;
   const PeakMemory memory;
-  report.peak_memory = memory.meaning();
+  const bool on_gpu = settings.device != "cpu";
+  report.peak_memory =
+      on_gpu ? "device memory that the engine plans for the row: weights and activations" : memory.meaning();
 
   std::vector<BenchSubject> subjects = make_subjects(settings, plugins);
   const double longest = warm_up_all(subjects, settings, memory, progress);
-  report.control_ms = measure_rounds(subjects, settings, longest, progress);
+  std::vector<double> control_ms = measure_rounds(subjects, settings, longest, progress);
+  if (!on_gpu) report.control_ms = std::move(control_ms);  // how fast the CPU is says nothing of a GPU
   for (BenchSubject& subject : subjects) report.rows.push_back(std::move(subject.row));
   mark_slower_than_dense(report.rows);
   return report;
@@ -182,7 +186,7 @@ BenchSettings settings_of(const BenchReport& base) {
   BenchSettings settings = base.settings;
   settings.dtype = base.machine.dtype;
   settings.threads = base.machine.threads;
-  settings.device = base.machine.device;
+  settings.device = base.settings.device;
   return settings;
 }
 

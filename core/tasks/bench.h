@@ -22,6 +22,9 @@ namespace pyra::tasks {
                                      const host::PluginRegistry& plugins, const CompareOptions& options,
                                      Progress& progress = silent_progress());
 
+/// "cpu" or "cuda:i": --device auto means the CPU where a row trains, which this version does there only.
+[[nodiscard]] std::string resolve_bench_device(const BenchSettings& settings);
+
 /// What a base was measured with, with this run's threads and dtype as the base resolved them.
 [[nodiscard]] BenchSettings settings_of(const BenchReport& base);
 

@@ -15,6 +15,7 @@
 #include "base/text.h"
 #include "io/json.h"
 #include "tasks/assemble.h"
+#include "tasks/bench.h"
 #include "tasks/run_model.h"
 
 extern char** environ;
@@ -111,7 +112,8 @@ Comparison compare_against(const AgainstOptions& against, const BenchSettings& s
                            Progress& progress) {
   // Resolved here, so that both programs measure the same rows whatever their defaults are.
   BenchSettings resolved = settings;
-  resolved.dtype = dtype_name(compute_dtype(settings.dtype));
+  resolved.device = resolve_bench_device(settings);
+  resolved.dtype = engine::precision_name(resolve_precision(settings.dtype, resolved.device));
   if (resolved.threads == 0) resolved.threads = at::get_num_threads();
   const std::vector<std::string> arguments = bench_arguments(resolved, against.plugin_path);
   const auto measure = [&](const std::filesystem::path& program) {

@@ -12,6 +12,7 @@
 #include <fstream>
 
 #include "base/text.h"
+#include "engine/cuda_library.h"
 #include "tasks/machine.h"
 
 namespace pyra::tasks {
@@ -114,6 +115,16 @@ BenchMachine describe_bench_machine() {
   m.libtorch_version = libtorch_version();
   m.pyractl_version = version();
   return m;
+}
+
+void describe_device(const std::string& device, BenchMachine& machine) {
+  if (device == "cpu") return;
+  const auto devices = engine::cuda_library().devices();
+  const engine::CudaDevice& gpu = devices.at(size_t(std::atoi(device.c_str() + device.find(':') + 1)));
+  machine.device = gpu.name;
+  machine.driver = cat(describe_machine().nvidia_driver, ", CUDA ", gpu.driver);
+  machine.gpu_clock_mhz = gpu.clock_mhz;
+  machine.gpu_memory_bytes = gpu.memory_bytes;
 }
 
 PeakMemory::PeakMemory() {

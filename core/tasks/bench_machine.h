@@ -11,6 +11,9 @@ namespace pyra::tasks {
 /// Everything but device, dtype and threads, which the measurement decides.
 [[nodiscard]] BenchMachine describe_bench_machine();
 
+/// Fills in what names the device: "cpu", or the GPU's name, driver, clock and memory.
+void describe_device(const std::string& device, BenchMachine& machine);
+
 /// Peak resident memory of this process since reset(), in bytes (VmHWM; /proc/self/clear_refs resets it).
 class PeakMemory {
  public:

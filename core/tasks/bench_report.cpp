@@ -65,6 +65,8 @@ json context_json(const BenchReport& report) {
           {"json_schema_version", 1},
           {"device", m.device},
           {"driver", m.driver},
+          {"gpu_clock_mhz", m.gpu_clock_mhz},
+          {"gpu_memory_bytes", m.gpu_memory_bytes},
           {"cpu_model", m.cpu_model},
           {"micro_kernel", m.micro_kernel},
           {"commit", m.commit},

@@ -45,6 +45,7 @@ struct BenchMachine {
   std::vector<double> load_avg{};
   std::string library_build_type{};  ///< "release" or "debug"
   std::string device = "cpu", driver = "none", cpu_model{}, micro_kernel{};
+  int64_t gpu_clock_mhz = 0, gpu_memory_bytes = 0;  ///< highest clock, whole memory; 0 on the CPU
   std::string commit{}, libtorch_version{}, pyractl_version{};
   std::string dtype{};  ///< as resolved: "fp32", "bf16"
   int64_t threads = 0;  ///< as resolved

@@ -2,9 +2,11 @@
 
 #include <ATen/Parallel.h>
 
+#include <chrono>
+#include <numeric>
+
 #include "base/error.h"
 #include "base/philox.h"
-#include "engine/cpu_engine.h"
 #include "tasks/assemble.h"
 #include "tasks/run_model.h"
 #include "train/loop.h"
@@ -80,6 +82,7 @@ BenchRow describe(const Model& model, const std::string& mode, const BenchSettin
                        .image_size = config.image_size,
                        .merge = merge_label(model),
                        .peft = settings.peft,
+                       .device = settings.device.substr(0, settings.device.find(':')),
                        .dtype = settings.dtype,
                        .batch = batch});
   row.batch = batch;
@@ -88,15 +91,26 @@ BenchRow describe(const Model& model, const std::string& mode, const BenchSettin
   return row;
 }
 
-BenchSubject infer_subject(const std::shared_ptr<Model>& model, const BenchSettings& settings, int64_t batch) {
-  const BenchRow row = describe(*model, "infer", settings, batch);
-  const data::ImageSet set = random_images(batch, model->file.config);
-  const at::Tensor images = data::normalise(set.images, model->file.preprocess);
-  const auto engine = std::make_shared<engine::CpuEngine>(*model->vit, compute_dtype(settings.dtype));
+/// A model with its engine, which the rows of all its batch sizes share.
+struct InferenceScene {
+  std::shared_ptr<Model> model;
+  std::unique_ptr<engine::Engine> engine;
+};
+
+BenchSubject infer_subject(const std::shared_ptr<InferenceScene>& scene, const BenchSettings& settings, int64_t batch) {
+  const BenchRow row = describe(*scene->model, "infer", settings, batch);
+  // As an engine takes them: bytes where the way to the device is not measured, normalised values on the CPU.
+  at::Tensor images = random_images(batch, scene->model->file.config).images;
+  if (settings.device == "cpu") images = nn::normalise(images, scene->model->file.preprocess);
   // What computes nonsense need not be timed.
-  if (!engine->run(images).isfinite().all().item<bool>())
+  if (!scene->engine->run(images).isfinite().all().item<bool>())
     fail(ExitCode::untrusted, row.name, ": the logits of random images are not finite");
-  return {.row = row, .run = [model, engine, images] { (void)engine->run(images); }};
+  BenchSubject subject{.row = row, .time_ms = [scene, images](int64_t iterations) {
+                         const std::vector<double> times = scene->engine->time_ms(images, iterations);
+                         return std::accumulate(times.begin(), times.end(), 0.0);
+                       }};
+  if (settings.device != "cpu") subject.device_bytes = [scene, batch] { return scene->engine->device_bytes(batch); };
+  return subject;
 }
 
 // What the steps of a loop refer to.
@@ -119,7 +133,11 @@ BenchSubject train_subject(const std::shared_ptr<Model>& model, const BenchSetti
   scene->loop = std::make_unique<train::Loop>(*model->vit, scene->images, model->file.preprocess, loop);
   row.trained_params = 0;
   for (const train::TrainedTensor& tensor : scene->loop->trained()) *row.trained_params += tensor.value.numel();
-  return {.row = row, .run = [scene] { (void)scene->loop->step(); }};
+  return {.row = row, .time_ms = [scene](int64_t iterations) {
+            const auto start = std::chrono::steady_clock::now();
+            for (int64_t i = 0; i < iterations; ++i) (void)scene->loop->step();
+            return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+          }};
 }
 
 void attach_asked_peft(Model& model, const BenchSettings& settings, const io::Recipe& asked,
@@ -148,7 +166,7 @@ std::string row_name(const RowName& parts) {
   if (const size_t slash = merge.rfind('/'); slash != std::string::npos)
     merge = merge.substr(0, merge.find('-') + 1) + merge.substr(slash + 1);
   if (parts.mode == "train" && parts.peft != "lora") merge += "+" + parts.peft;
-  return cat(parts.mode, "/", arch, "/", merge, "/cpu/", parts.dtype, "/b", parts.batch);
+  return cat(parts.mode, "/", arch, "/", merge, "/", parts.device, "/", parts.dtype, "/b", parts.batch);
 }
 
 std::vector<BenchSubject> make_subjects(const BenchSettings& settings, const host::PluginRegistry& plugins) {
@@ -160,9 +178,16 @@ std::vector<BenchSubject> make_subjects(const BenchSettings& settings, const hos
     const bool training = mode == "train";
     if (training)
       for (const auto& model : models) attach_asked_peft(*model, settings, asked, plugins);
+    std::vector<std::shared_ptr<InferenceScene>> scenes;
+    for (const auto& model : models) {
+      scenes.push_back(std::make_shared<InferenceScene>(InferenceScene{model, nullptr}));
+      if (!training)
+        scenes.back()->engine = make_engine(*model, settings.device, resolve_precision(settings.dtype, settings.device));
+    }
     for (const int64_t batch : settings.batches)
-      for (const auto& model : models)
-        subjects.push_back(training ? train_subject(model, settings, batch) : infer_subject(model, settings, batch));
+      for (const auto& scene : scenes)
+        subjects.push_back(training ? train_subject(scene->model, settings, batch)
+                                    : infer_subject(scene, settings, batch));
   }
   return subjects;
 }

@@ -11,12 +11,15 @@ namespace pyra::tasks {
 
 /// One configuration, ready to run.
 struct BenchSubject {
-  BenchRow row;               ///< named and counted, without times
-  std::function<void()> run;  ///< one iteration: a batch inferred, or one training step
+  BenchRow row;  ///< named and counted, without times
+  /// Milliseconds that so many iterations take, each a batch inferred or a training step: on a GPU by its own events.
+  std::function<double(int64_t)> time_ms;
+  /// Bytes on the device where there is one; else empty, and the process's own peak counts.
+  std::function<int64_t()> device_bytes{};
 };
 
-/// Every mode at every batch size, dense first, merged (where there is a merge) right behind it. `settings.dtype` is
-/// resolved. Error(usage) for settings that contradict one another or keys in `set` that mean nothing here.
+/// Every mode at every batch size, dense first, merged (where there is a merge) right behind it. `settings.device` and
+/// `.dtype` are resolved. Error(usage) for settings that contradict one another or keys in `set` that mean nothing here.
 [[nodiscard]] std::vector<BenchSubject> make_subjects(const BenchSettings& settings,
                                                       const host::PluginRegistry& plugins);
 
@@ -26,7 +29,7 @@ struct RowName {
   std::string mode, arch;
   int64_t image_size = 224;
   std::string merge = "dense";  ///< "<merger>-<schedule>"; of a schedule's file its name, without folders
-  std::string peft, dtype;
+  std::string peft, device = "cpu", dtype;  ///< device without its index: "cuda"
   int64_t batch = 1;
 };
 [[nodiscard]] std::string row_name(const RowName& parts);

@@ -7,7 +7,7 @@
 
 #include "base/error.h"
 #include "base/philox.h"
-#include "engine/cpu_engine.h"
+#include "engine/engine.h"
 #include "tasks/assemble.h"
 
 namespace pyra::tasks {
@@ -41,21 +41,24 @@ struct Timing {
 /// Times the dense model and the compressed one in turns, so that a change of the machine's speed meets both.
 class Stopwatch {
  public:
-  Stopwatch(const nn::Vit& dense, at::ScalarType compute, int64_t batch)
-      : images_(timing_images(batch, dense.config().image_size)), dense_(dense, compute), compute_(compute) {}
+  Stopwatch(const nn::Vit& dense, const nn::Preprocess& preprocess, const engine::EngineOptions& options, int64_t batch)
+      : images_(timing_images(batch, dense.config().image_size)),
+        preprocess_(preprocess),
+        options_(options),
+        dense_(engine::make_engine(dense, preprocess, options)) {}
 
   /// At least `pairs` of runs, and more of them as long as `seconds` have not passed, up to four times as many.
   [[nodiscard]] Timing time(const nn::Vit& compressed, int64_t pairs, double seconds) const {
-    const engine::CpuEngine engine(compressed, compute_);
-    // Weights are packed on first use: not what is measured.
-    static_cast<void>(once(dense_));
-    static_cast<void>(once(engine));
+    const auto engine = engine::make_engine(compressed, preprocess_, options_);
+    // Weights are packed and algorithms chosen on first use: not what is measured.
+    static_cast<void>(once(*dense_));
+    static_cast<void>(once(*engine));
     std::vector<double> dense_times, times, ratios;
     for (const auto start = Clock::now();
          int64_t(ratios.size()) < pairs || (int64_t(ratios.size()) < 4 * pairs && elapsed(start) < seconds);) {
       stop_if_asked("timing");
-      dense_times.push_back(once(dense_));
-      times.push_back(once(engine));
+      dense_times.push_back(once(*dense_));
+      times.push_back(once(*engine));
       ratios.push_back(dense_times.back() / times.back());
     }
     return {quantile(dense_times, 0.5), quantile(times, 0.5),   quantile(ratios, 0.5),
@@ -64,15 +67,12 @@ class Stopwatch {
 
  private:
   static double elapsed(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-  [[nodiscard]] double once(const engine::CpuEngine& engine) const {
-    const auto start = Clock::now();
-    const at::Tensor logits = engine.run(images_);
-    return elapsed(start);
-  }
+  [[nodiscard]] double once(engine::Engine& engine) const { return engine.time_ms(images_, 1)[0] * 1e-3; }
 
   at::Tensor images_;
-  engine::CpuEngine dense_;
-  at::ScalarType compute_;
+  nn::Preprocess preprocess_;
+  engine::EngineOptions options_;
+  std::unique_ptr<engine::Engine> dense_;
 };
 
 /// The model, its merger's name and parameters, and what a schedule makes of them.
@@ -192,7 +192,6 @@ void check_options(const CompressOptions& options) {
   if (options.target_speedup && !(*options.target_speedup > 1 && *options.target_speedup <= 100))
     fail(ExitCode::usage, "--target-speedup is ", *options.target_speedup, ", expected more than 1 and at most 100");
   if (options.batch < 1) fail(ExitCode::usage, "--batch is ", options.batch, ", expected at least 1");
-  check_device(options.run.device);
   // Known now rather than after minutes of measuring.
   const std::filesystem::path folder = options.out.has_parent_path() ? options.out.parent_path() : ".";
   if (!std::filesystem::is_directory(folder))
@@ -231,7 +230,8 @@ std::vector<int64_t> schedule_for_macs(int64_t target, int64_t depth, int64_t li
 CompressResult compress(const CompressOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
   check_options(options);
   const at::InferenceMode no_gradients;
-  const at::ScalarType compute = compute_dtype(options.run.dtype);
+  const std::string device = resolve_device(options.run.device);
+  const engine::Precision precision = resolve_precision(options.run.dtype, device);
   Model model = load_model(options.run.model, plugins);
   if (model.file.merge) {
     const io::MergeSpec& has = *model.file.merge;
@@ -243,7 +243,7 @@ CompressResult compress(const CompressOptions& options, const host::PluginRegist
   CompressResult result;
   result.dense = side(model);
   const nn::Vit dense(model.file.config, model.file.weights);
-  const Stopwatch stopwatch(dense, compute, options.batch);
+  const Stopwatch stopwatch(dense, model.file.preprocess, {.device = device, .precision = precision}, options.batch);
   Candidate candidate(model, options, plugins);
 
   std::optional<Timing> timing;
@@ -254,7 +254,8 @@ CompressResult compress(const CompressOptions& options, const host::PluginRegist
 
   result.compressed = side(model);
   result.arch = model.file.config.arch;
-  result.dtype = dtype_name(compute);
+  result.device = device;
+  result.dtype = engine::precision_name(precision);
   result.image_size = model.file.config.image_size;
   result.batch = options.batch;
   const sdk::Schedule& schedule = model.file.merge->schedule;

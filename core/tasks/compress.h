@@ -37,7 +37,7 @@ struct CompressSide {
 
 struct CompressResult {
   CompressSide dense, compressed;
-  std::string arch, dtype;
+  std::string arch, device, dtype;
   int64_t image_size = 0, batch = 0, runs = 0;      ///< runs: timed pairs
   std::vector<int64_t> remove, prune, merge;        ///< the resolved schedule
   std::optional<double> speedup;                    ///< median over pairs of dense time / compressed time

@@ -2,11 +2,11 @@
 
 #include <chrono>
 #include <cstdio>
+#include <deque>
 
 #include "base/error.h"
 #include "data/dataset.h"
 #include "data/loader.h"
-#include "engine/cpu_engine.h"
 #include "io/atomic_file.h"
 #include "tasks/assemble.h"
 
@@ -56,13 +56,13 @@ class PredictionsFile {
     file_->write("path,label,predicted,probability\n");
   }
 
-  void add(const data::ImageSet& set, int64_t first, const at::Tensor& predicted, const at::Tensor& probability) {
+  void add(const data::ImageSet& set, const at::Tensor& predicted, const at::Tensor& probability) {
     if (!file_) return;
     std::string rows;
     for (int64_t i = 0; i < predicted.size(0); ++i) {
       char number[32];
       std::snprintf(number, sizeof number, "%.6f", probability[i].item<float>());
-      rows += cat(csv_field(set.paths[size_t(first + i)]), ",", set.labels[first + i].item<int64_t>(), ",",
+      rows += cat(csv_field(set.paths[size_t(i)]), ",", set.labels[i].item<int64_t>(), ",",
                   predicted[i].item<int64_t>(), ",", number, "\n");
     }
     file_->write(rows);
@@ -81,70 +81,118 @@ int64_t count_correct(const at::Tensor& logits, const at::Tensor& labels, int64_
   return std::get<1>(logits.topk(k, 1)).eq(labels.unsqueeze(1)).any(1).sum().item<int64_t>();
 }
 
+/// Adds up what the batches' logits say.
+class Score {
+ public:
+  Score(EvalResult& result, const EvalOptions& options) : result_(result), options_(options) {}
+
+  void add(const data::ImageSet& set, const at::Tensor& logits, PredictionsFile& predictions) {
+    const at::Tensor finite = at::isfinite(logits).all(1);
+    if (!finite.all().item<bool>())
+      fail(ExitCode::untrusted, options_.run.model.string(), ": a logit of ",
+           set.paths[size_t(finite.logical_not().nonzero()[0].item<int64_t>())],
+           " is not finite; the model's weights are damaged or its training diverged");
+    const at::Tensor log_probabilities = logits.log_softmax(1);
+    const auto [probability, predicted] = log_probabilities.max(1);
+    loss_ -= log_probabilities.gather(1, set.labels.unsqueeze(1)).to(at::kDouble).sum().item<double>();
+    result_.images += set.labels.size(0);
+    result_.correct += predicted.eq(set.labels).sum().item<int64_t>();
+    if (result_.correct_top5) *result_.correct_top5 += count_correct(logits, set.labels, 5);
+    predictions.add(set, predicted, probability.exp());
+  }
+  [[nodiscard]] double loss() const { return loss_ / double(result_.images); }
+  [[nodiscard]] std::string note() const {
+    char text[48];
+    std::snprintf(text, sizeof text, "top-1 %.2f%%", 100.0 * double(result_.correct) / double(result_.images));
+    return text;
+  }
+
+ private:
+  EvalResult& result_;
+  const EvalOptions& options_;
+  double loss_ = 0;
+};
+
+/// Decodes a batch while the one before is on its way through the engine.
+class Pipeline {
+ public:
+  Pipeline(engine::Engine& engine, Score& score, PredictionsFile& predictions)
+      : engine_(engine), score_(score), predictions_(predictions) {}
+
+  void submit(data::ImageSet set) {
+    if (int64_t(queue_.size()) == engine_.in_flight()) collect();
+    engine_.submit(set.images);
+    queue_.push_back(std::move(set));
+  }
+  void collect_all() {
+    while (!queue_.empty()) collect();
+  }
+  /// Of the network alone; without the first batch, which warms up, if there are more.
+  [[nodiscard]] double images_per_second() const {
+    const bool only = images_ == first_images_;
+    return double(only ? images_ : images_ - first_images_) / (only ? seconds_ : seconds_ - first_seconds_);
+  }
+
+ private:
+  void collect() {
+    const at::Tensor logits = engine_.collect();
+    images_ += logits.size(0);
+    seconds_ += engine_.last_seconds();
+    if (first_images_ == 0) first_images_ = images_, first_seconds_ = seconds_;
+    score_.add(queue_.front(), logits, predictions_);
+    queue_.pop_front();
+  }
+
+  engine::Engine& engine_;
+  Score& score_;
+  PredictionsFile& predictions_;
+  std::deque<data::ImageSet> queue_;
+  int64_t images_ = 0, first_images_ = 0;
+  double seconds_ = 0, first_seconds_ = 0;
+};
+
 }  // namespace
 
 EvalResult evaluate(const EvalOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
   if (options.batch < 1) fail(ExitCode::usage, "--batch is ", options.batch, ", expected at least 1");
   const at::InferenceMode no_gradients;
   const Model model = load_for_running(options.run, plugins);
-  const at::ScalarType compute = compute_dtype(options.run.dtype);
+  const std::string device = resolve_device(options.run.device);
+  const engine::Precision precision = resolve_precision(options.run.dtype, device);
   const data::Dataset dataset = data::Dataset::open(options.data);
   check_classes(model.file, options.run.model.string(), dataset);
   PredictionsFile predictions(options.predictions);
 
-  const auto start = Clock::now();
-  const data::ImageSet set =
-      data::load_split(dataset, options.split, model.file.preprocess,
-                       options.skip_bad_images ? data::BadImages::skip : data::BadImages::fail, progress);
-  const int64_t images = set.images.size(0);
-  if (images == 0)
-    fail(ExitCode::input, options.data.string(), ": split '", options.split, "' has no image to evaluate");
-
   EvalResult result;
   result.arch = model.file.config.arch;
   result.merge = merge_label(model);
-  result.dtype = dtype_name(compute);
-  result.images = images;
+  result.device = device;
+  result.dtype = engine::precision_name(precision);
   result.macs = nn::count_macs(model.file.config, tokens_after(model));
   result.parameters = parameter_count(model);
   result.provenance = model.file.provenance;
-  for (const data::BadImage& bad : set.skipped) result.skipped.emplace_back(bad.path, bad.reason);
   if (model.file.config.num_classes > 5) result.correct_top5 = 0;
 
-  const engine::CpuEngine engine(*model.vit, compute);
-  double loss = 0, forward_seconds = 0;
-  int64_t timed_images = 0;
-  progress.begin("eval", images, "images");
-  for (int64_t first = 0; first < images; first += options.batch) {
+  data::SplitReader reader(dataset, options.split, model.file.preprocess,
+                           options.skip_bad_images ? data::BadImages::skip : data::BadImages::fail);
+  const auto engine = make_engine(model, device, precision);
+  Score score(result, options);
+  Pipeline pipeline(*engine, score, predictions);
+  const auto start = Clock::now();
+  progress.begin("eval", reader.total(), "images");
+  int64_t decoded = 0;
+  while (std::optional<data::ImageSet> set = reader.next(options.batch)) {
     stop_if_asked("eval");
-    const int64_t count = std::min(options.batch, images - first);
-    const at::Tensor input = data::normalise(set.images.narrow(0, first, count), model.file.preprocess);
-    const at::Tensor labels = set.labels.narrow(0, first, count);
-    const auto forward_start = Clock::now();
-    const at::Tensor logits = engine.run(input);
-    if (first > 0 || images <= options.batch) {
-      forward_seconds += seconds_since(forward_start);
-      timed_images += count;
-    }
-    const at::Tensor log_probabilities = logits.log_softmax(1);
-    const auto [probability, predicted] = log_probabilities.max(1);
-    const at::Tensor finite = at::isfinite(logits).all(1);
-    if (!finite.all().item<bool>())
-      fail(ExitCode::untrusted, options.run.model.string(), ": a logit of ",
-           set.paths[size_t(first + finite.logical_not().nonzero()[0].item<int64_t>())],
-           " is not finite; the model's weights are damaged or its training diverged");
-    loss -= log_probabilities.gather(1, labels.unsqueeze(1)).to(at::kDouble).sum().item<double>();
-    result.correct += predicted.eq(labels).sum().item<int64_t>();
-    if (result.correct_top5) *result.correct_top5 += count_correct(logits, labels, 5);
-    predictions.add(set, first, predicted, probability.exp());
-    char note[48];
-    std::snprintf(note, sizeof note, "top-1 %.2f%%", 100.0 * double(result.correct) / double(first + count));
-    progress.update(first + count, note);
+    for (const data::BadImage& bad : set->skipped) result.skipped.emplace_back(bad.path, bad.reason);
+    decoded += set->labels.size(0) + int64_t(set->skipped.size());
+    if (set->labels.size(0) > 0) pipeline.submit(std::move(*set));
+    progress.update(decoded, result.images > 0 ? score.note() : "");
   }
+  pipeline.collect_all();
   progress.end();
-  result.images_per_second = double(images) / seconds_since(start);
-  result.forward_images_per_second = double(timed_images) / forward_seconds;
-  result.loss = loss / double(images);
+  result.images_per_second = double(result.images) / seconds_since(start);
+  result.forward_images_per_second = pipeline.images_per_second();
+  result.loss = score.loss();
   predictions.commit();
   return result;
 }

@@ -24,6 +24,7 @@ struct EvalOptions {
 
 struct EvalResult {
   std::string arch, merge, dtype;  ///< merge: "dense" or "tome-high"
+  std::string device;              ///< "cpu" or "cuda:0"
   int64_t images = 0;              ///< the denominator of every rate below
   int64_t correct = 0;
   std::optional<int64_t> correct_top5;                       ///< only with more than 5 classes

@@ -350,13 +350,13 @@ std::optional<Evaluation> Finetune::measure(const std::string& split) {
   const data::ImageSet& set = images(split);
   const int64_t total = set.labels.size(0);
   if (total == 0) fail(ExitCode::input, recipe_.data.string(), ": split '", split, "' has no image to evaluate");
-  const engine::CpuEngine engine(*model_.vit, compute_dtype(recipe_.dtype));
+  engine::CpuEngine engine(*model_.vit, compute_dtype(recipe_.dtype), model_.file.preprocess);
   Evaluation seen{.images = total};
   const auto start = Clock::now();
   for (int64_t first = 0; first < total; first += kEvalBatch) {
     if (pending_signal()) return std::nullopt;
     const int64_t count = std::min(kEvalBatch, total - first);
-    const at::Tensor logits = engine.run(data::normalise(set.images.narrow(0, first, count), model_.file.preprocess));
+    const at::Tensor logits = engine.run(set.images.narrow(0, first, count));
     if (!logits.isfinite().all().item<bool>()) {
       fail(ExitCode::untrusted, "the trained model's logits are not finite on split '", split,
            "': training diverged; lower train.lr");

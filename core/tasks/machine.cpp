@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "engine/cuda_library.h"
 #include "kernels/linear.h"
 #include "sdk/plugin.h"
 #include "tasks/assemble.h"
@@ -118,6 +119,16 @@ std::string nvidia_driver() {
   return {};
 }
 
+std::string gpu_text() {
+  const engine::CudaLibrary& cuda = engine::cuda_library();
+  if (!cuda.available()) return cat("none: ", cuda.absent_because(), "; everything runs on the CPU");
+  std::vector<std::string> names;
+  for (const engine::CudaDevice& gpu : cuda.devices())
+    names.push_back(cat(gpu.name, " (compute capability ", gpu.major, ".", gpu.minor, ", ", gpu.free_bytes >> 20,
+                        " of ", gpu.memory_bytes >> 20, " MB free)"));
+  return cat(join(names), ": inference runs there, training on the CPU");
+}
+
 int default_threads() {
   const int cores = physical_cores(allowed_cpus());
   const double quota = cpu_quota();
@@ -144,6 +155,7 @@ Machine describe_machine() {
       .memory_bytes = std::min(kilobytes("MemTotal"), memory_limit()),
       .memory_available_bytes = kilobytes("MemAvailable"),
       .nvidia_driver = nvidia_driver(),
+      .gpu = gpu_text(),
   };
   machine.memory_available_bytes = std::min(machine.memory_available_bytes, machine.memory_bytes);
   return machine;

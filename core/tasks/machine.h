@@ -19,6 +19,7 @@ struct Machine {
   uint64_t memory_bytes = 0;     ///< of the machine or its control group, whichever is less
   uint64_t memory_available_bytes = 0;
   std::string nvidia_driver;  ///< its version, or "" where no driver answers
+  std::string gpu;            ///< the GPUs that inference can use, or why there is none
 };
 
 [[nodiscard]] Machine describe_machine();

@@ -3,7 +3,6 @@
 #include "base/error.h"
 #include "data/image.h"
 #include "data/loader.h"
-#include "engine/cpu_engine.h"
 #include "io/atomic_file.h"
 #include "tasks/assemble.h"
 
@@ -62,7 +61,8 @@ std::vector<Prediction> predict(const PredictOptions& options, const host::Plugi
   const at::InferenceMode no_gradients;
   const Model model = load_for_running(options.run, plugins);
   const nn::Preprocess& preprocess = model.file.preprocess;
-  const engine::CpuEngine engine(*model.vit, compute_dtype(options.run.dtype));
+  const std::string device = resolve_device(options.run.device);
+  const auto engine = make_engine(model, device, resolve_precision(options.run.dtype, device));
   const std::vector<std::filesystem::path> paths =
       options.bytes ? std::vector{options.input} : images_of(options.input);
   const auto total = int64_t(paths.size());
@@ -77,7 +77,7 @@ std::vector<Prediction> predict(const PredictOptions& options, const host::Plugi
       const std::string name = paths[size_t(i)].string();
       batch.push_back(prepared(options.bytes ? *options.bytes : io::read_file(name, kMaxImageBytes), name, preprocess));
     }
-    const at::Tensor probabilities = engine.run(data::normalise(at::cat(batch), preprocess)).to(at::kDouble).softmax(1);
+    const at::Tensor probabilities = engine->run(at::cat(batch)).to(at::kDouble).softmax(1);
     for (int64_t i = 0; i < count; ++i) {
       const std::string name = paths[size_t(first + i)].string();
       if (!at::isfinite(probabilities[i]).all().item<bool>())

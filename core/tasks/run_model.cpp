@@ -120,7 +120,7 @@ void stop_if_asked(std::string_view what) {
 }
 
 Model load_for_running(const RunOptions& options, const host::PluginRegistry& plugins) {
-  check_device(options.device);
+  (void)resolve_device(options.device);
   check_keys(options.set, {"merge.name", "merge.schedule", "merge.proportional_attention", "merge.*", "preprocess.size",
                            "preprocess.resize", "preprocess.mean", "preprocess.std"});
   const io::Recipe asked = io::read_recipe({}, options.set);

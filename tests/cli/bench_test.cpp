@@ -172,7 +172,7 @@ TEST_CASE("bench refuses what it cannot do in one line with the right exit code"
       {small + "--set preprocess.size=32", 2, {"vit_base_patch16_160"}},
       {small + "--merge nothing --schedule 2", 4, {"nothing"}},
       {small + "--mode train --peft nothing", 4, {"nothing"}},
-      {small + "--device cuda", 6, {"cuda"}},
+      {small + "--device cuda:99", 6, {"cuda:99"}},
       {"bench missing.safetensors", 3, {"missing.safetensors"}},
       {"bench broken.json", 3, {"broken.json"}},
       {"bench --compare missing.json", 3, {"missing.json"}},

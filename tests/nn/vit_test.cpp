@@ -85,7 +85,7 @@ TEST_CASE("an image's logits do not depend on its batch mates, bit for bit", "[n
   const VitConfig config = small_config();
   Vit vit(config, random_weights(config, 1));
   if (GENERATE(false, true)) vit.set_merge(merge_last(config, {5, 4, 3}));
-  const engine::CpuEngine engine(vit, at::kFloat);
+  engine::CpuEngine engine(vit, at::kFloat);
   const at::Tensor batch = images(config, 9);
   const at::Tensor together = engine.run(batch);
   for (int64_t i = 0; i < 9; ++i) {

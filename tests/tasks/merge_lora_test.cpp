@@ -23,7 +23,7 @@ int64_t correct(const TinyTask& task, const std::string& model_file) {
   const auto model = tasks::load_model(task.folder / model_file, test::built_plugins());
   const auto data = data::Dataset::open(task.folder / "data");
   const auto set = data::load_split(data, "test", model.file.preprocess);
-  const at::Tensor logits = model.vit->forward(data::normalise(set.images, model.file.preprocess));
+  const at::Tensor logits = model.vit->forward(nn::normalise(set.images, model.file.preprocess));
   return (logits.argmax(1) == set.labels).sum().item<int64_t>();
 }
 

@@ -1,0 +1,267 @@
+#include "engine/cuda/cuda_engine.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/error.h"
+#include "engine/cuda_library.h"
+
+namespace pyra::engine {
+namespace {
+
+int set_device(int device) {
+  PYRA_CUDA(cudaSetDevice(device));
+  return device;
+}
+
+/// What a chosen algorithm holds for.
+std::string gemm_version(int device) {
+  cudaDeviceProp properties{};
+  PYRA_CUDA(cudaGetDeviceProperties(&properties, device));
+  int driver = 0;
+  PYRA_CUDA(cudaDriverGetVersion(&driver));
+  return cat(properties.name, " driver ", driver, " cublasLt ", cublasLtGetVersion());
+}
+
+/// A large copy by all threads: one alone does not keep up with the GPU.
+void parallel_copy(void* to, const void* from, size_t bytes) {
+  constexpr int64_t kGrain = 1 << 20;
+  at::parallel_for(0, int64_t(bytes), kGrain, [&](int64_t begin, int64_t end) {
+    std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, size_t(end - begin));
+  });
+}
+
+size_t bytes_of(const at::Tensor& images) {
+  return size_t(images.numel()) * images.element_size();
+}
+
+}  // namespace
+
+CudaEngine::CudaEngine(const nn::Vit& model, const nn::Preprocess& preprocess, const EngineOptions& options, int device)
+    : device_(set_device(device)),
+      device_model_(model, types_of(options.precision)),
+      cache_(std::make_shared<kernels::cuda::GemmCache>(kernels::cuda::GemmCache::default_file(),
+                                                        gemm_version(device))),
+      forward_(model, device_model_, preprocess, options.exact_gelu, cache_) {
+  PYRA_CUDA(cudaStreamCreateWithFlags(&copy_, cudaStreamNonBlocking));
+  for (Slot& slot : slots_) {
+    for (cudaEvent_t* event : {&slot.copied, &slot.read, &slot.returned})
+      PYRA_CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+    for (cudaEvent_t* event : {&slot.begun, &slot.done}) PYRA_CUDA(cudaEventCreate(event));
+  }
+}
+
+CudaEngine::~CudaEngine() {
+  (void)cudaSetDevice(device_);
+  (void)cudaDeviceSynchronize();
+  drop_graphs();
+  for (Slot& slot : slots_)
+    for (cudaEvent_t event : {slot.copied, slot.begun, slot.read, slot.done, slot.returned})
+      if (event) (void)cudaEventDestroy(event);
+  if (copy_) (void)cudaStreamDestroy(copy_);
+}
+
+void CudaEngine::drop_graphs() {
+  for (const auto& [batch, graph] : graphs_) (void)cudaGraphExecDestroy(graph);
+  graphs_.clear();
+}
+
+void CudaEngine::check(const at::Tensor& images) const {
+  const int64_t side = device_model_.config.image_size;
+  const bool bytes = images.scalar_type() == at::kByte;
+  const bool right = images.dim() == 4 && images.size(0) >= 1 && images.is_cpu() &&
+                     (bytes ? images.size(1) == side && images.size(2) == side && images.size(3) == 3
+                            : images.scalar_type() == at::kFloat && images.size(1) == 3 && images.size(2) == side &&
+                                  images.size(3) == side);
+  if (!right)
+    fail(ExitCode::usage, "engine: images are ", images.sizes(), " ", images.scalar_type(), ", expected uint8 [B,", side,
+         ",", side, ",3] or normalised fp32 [B,3,", side, ",", side, "] on the CPU");
+}
+
+/// Memory for a batch of this size; a larger one than before throws away what points into the old.
+void CudaEngine::plan_for(int batch) {
+  if (batch <= activations_.batch) return;
+  PYRA_CUDA(cudaStreamSynchronize(forward_.stream()));  // what is in flight uses the old
+  drop_graphs();
+  activations_ = {};
+  const size_t wanted = Activations::bytes_for(device_model_, batch);
+  size_t free_bytes = 0, total = 0;
+  PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
+  if (wanted > free_bytes) {
+    const size_t each = Activations::bytes_for(device_model_, 1);
+    fail(ExitCode::device, "the GPU has ", free_bytes >> 20, " MB free of ", total >> 20, "; a batch of ", batch,
+         " needs ", wanted >> 20, " MB beside the weights; a batch of ", std::max<size_t>(1, free_bytes * 9 / 10 / each),
+         " would fit");
+  }
+  activations_ = Activations(device_model_, batch);
+}
+
+cudaGraphExec_t CudaEngine::graph_for(int batch) {
+  plan_for(batch);
+  if (const auto found = graphs_.find(batch); found != graphs_.end()) return found->second;
+  // Once without a graph: matrix products choose their algorithms, kernels set their attributes.
+  forward_.enqueue(batch, activations_);
+  PYRA_CUDA(cudaStreamSynchronize(forward_.stream()));
+  forward_.check_host_plans();
+  cache_->save();
+
+  cudaGraph_t graph = nullptr;
+  PYRA_CUDA(cudaStreamBeginCapture(forward_.stream(), cudaStreamCaptureModeThreadLocal));
+  try {
+    forward_.enqueue(batch, activations_);
+  } catch (...) {
+    (void)cudaStreamEndCapture(forward_.stream(), &graph);
+    if (graph) (void)cudaGraphDestroy(graph);
+    (void)cudaGetLastError();
+    throw;
+  }
+  PYRA_CUDA(cudaStreamEndCapture(forward_.stream(), &graph));
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
+  (void)cudaGraphDestroy(graph);
+  PYRA_CUDA(status);
+  graphs_.emplace(batch, executable);
+  PYRA_CUDA(cudaGraphUpload(executable, forward_.stream()));
+  return executable;
+}
+
+/// Copies into the slot's pinned memory and sends it on its way, once its last batch was read.
+void CudaEngine::stage(Slot& slot, const at::Tensor& images) {
+  const size_t bytes = bytes_of(images);
+  if (slot.device_images.bytes() < bytes) {
+    PYRA_CUDA(cudaStreamSynchronize(copy_));
+    PYRA_CUDA(cudaStreamSynchronize(forward_.stream()));
+    slot.host_images = PinnedMemory(bytes);
+    slot.device_images = DeviceMemory(bytes);
+  }
+  const size_t logits = size_t(images.size(0)) * size_t(device_model_.config.num_classes) * sizeof(float);
+  if (slot.host_logits.bytes() < logits) slot.host_logits = PinnedMemory(logits);
+  const at::Tensor dense = images.contiguous();
+  PYRA_CUDA(cudaEventSynchronize(slot.copied));
+  parallel_copy(slot.host_images.get(), dense.const_data_ptr(), bytes);
+  PYRA_CUDA(cudaStreamWaitEvent(copy_, slot.read, 0));
+  PYRA_CUDA(cudaMemcpyAsync(slot.device_images.get(), slot.host_images.get(), bytes, cudaMemcpyHostToDevice, copy_));
+  PYRA_CUDA(cudaEventRecord(slot.copied, copy_));
+  slot.batch = int(images.size(0));
+}
+
+void CudaEngine::read_images(const Slot& slot, const at::Tensor& images) {
+  forward_.read_images({.data = slot.device_images.get(), .is_float = images.scalar_type() == at::kFloat}, slot.batch,
+                       activations_);
+}
+
+void CudaEngine::submit(const at::Tensor& images) {
+  check(images);
+  if (queue_.size() == slots_.size())
+    fail(ExitCode::internal, "engine: ", queue_.size(), " batches are in flight already; collect() one first");
+  PYRA_CUDA(cudaSetDevice(device_));
+  Slot& slot = slots_[next_];
+  stage(slot, images);
+  const cudaGraphExec_t graph = graph_for(slot.batch);
+  const cudaStream_t stream = forward_.stream();
+  PYRA_CUDA(cudaStreamWaitEvent(stream, slot.copied, 0));
+  PYRA_CUDA(cudaEventRecord(slot.begun, stream));
+  read_images(slot, images);
+  PYRA_CUDA(cudaEventRecord(slot.read, stream));
+  PYRA_CUDA(cudaGraphLaunch(graph, stream));
+  PYRA_CUDA(cudaEventRecord(slot.done, stream));
+  const size_t bytes = size_t(slot.batch) * size_t(device_model_.config.num_classes) * sizeof(float);
+  PYRA_CUDA(cudaMemcpyAsync(slot.host_logits.get(), activations_.logits.get(), bytes, cudaMemcpyDeviceToHost, stream));
+  PYRA_CUDA(cudaEventRecord(slot.returned, stream));
+  queue_.push_back(next_);
+  next_ = (next_ + 1) % slots_.size();
+}
+
+at::Tensor CudaEngine::collect() {
+  if (queue_.empty()) fail(ExitCode::internal, "engine: collect() without a batch submitted");
+  PYRA_CUDA(cudaSetDevice(device_));
+  Slot& slot = slots_[queue_.front()];
+  queue_.pop_front();
+  PYRA_CUDA(cudaEventSynchronize(slot.returned));
+  float ms = 0;
+  PYRA_CUDA(cudaEventElapsedTime(&ms, slot.begun, slot.done));
+  last_seconds_ = double(ms) * 1e-3;
+  forward_.check_host_plans();
+  at::Tensor logits = at::empty({slot.batch, device_model_.config.num_classes}, at::kFloat);
+  std::memcpy(logits.data_ptr(), slot.host_logits.get(), bytes_of(logits));
+  return logits;
+}
+
+at::Tensor CudaEngine::run(const at::Tensor& images) {
+  if (!queue_.empty()) fail(ExitCode::internal, "engine: run() while ", queue_.size(), " batches are in flight");
+  submit(images);
+  return collect();
+}
+
+std::vector<double> CudaEngine::time_ms(const at::Tensor& images, int64_t runs) {
+  (void)run(images);  // plans, captures, and leaves the images in a slot on the device
+  const Slot& slot = slots_[(next_ + slots_.size() - 1) % slots_.size()];
+  const cudaGraphExec_t graph = graph_for(slot.batch);
+  const cudaStream_t stream = forward_.stream();
+  std::vector<cudaEvent_t> marks(size_t(runs) + 1);
+  for (cudaEvent_t& mark : marks) PYRA_CUDA(cudaEventCreate(&mark));
+  PYRA_CUDA(cudaEventRecord(marks[0], stream));
+  for (size_t i = 1; i < marks.size(); ++i) {
+    read_images(slot, images);
+    PYRA_CUDA(cudaGraphLaunch(graph, stream));
+    PYRA_CUDA(cudaEventRecord(marks[i], stream));
+  }
+  PYRA_CUDA(cudaStreamSynchronize(stream));
+  std::vector<double> times;
+  for (size_t i = 1; i < marks.size(); ++i) {
+    float ms = 0;
+    PYRA_CUDA(cudaEventElapsedTime(&ms, marks[i - 1], marks[i]));
+    times.push_back(double(ms));
+  }
+  for (cudaEvent_t mark : marks) (void)cudaEventDestroy(mark);
+  forward_.check_host_plans();
+  return times;
+}
+
+int64_t CudaEngine::device_bytes(int64_t batch) const {
+  return int64_t(device_model_.bytes + Activations::bytes_for(device_model_, int(batch)));
+}
+
+namespace {
+
+int device_count() {
+  int count = 0;
+  PYRA_CUDA(cudaGetDeviceCount(&count));
+  return count;
+}
+
+CudaDevice describe(int index) {
+  cudaDeviceProp properties{};
+  PYRA_CUDA(cudaGetDeviceProperties(&properties, index));
+  CudaDevice device{.name = properties.name,
+                    .major = properties.major,
+                    .minor = properties.minor,
+                    .memory_bytes = int64_t(properties.totalGlobalMem),
+                    .multiprocessors = properties.multiProcessorCount};
+  int khz = 0, driver = 0;
+  PYRA_CUDA(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, index));
+  PYRA_CUDA(cudaDriverGetVersion(&driver));
+  device.clock_mhz = khz / 1000;
+  device.driver = cat(driver / 1000, ".", driver % 1000 / 10);
+  PYRA_CUDA(cudaSetDevice(index));
+  size_t free_bytes = 0, total = 0;
+  PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
+  device.free_bytes = int64_t(free_bytes);
+  return device;
+}
+
+Engine* create(const nn::Vit& model, const nn::Preprocess& preprocess, const EngineOptions& options, int index) {
+  return new CudaEngine(model, preprocess, options, index);
+}
+
+}  // namespace
+}  // namespace pyra::engine
+
+extern "C" __attribute__((visibility("default"))) const pyra::engine::CudaApi* pyra_cuda_entry() {
+  static const pyra::engine::CudaApi api{PYRA_CUDA_TAG, &pyra::engine::device_count, &pyra::engine::describe,
+                                         &pyra::engine::create};
+  return &api;
+}

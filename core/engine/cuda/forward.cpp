@@ -1,0 +1,368 @@
+#include "engine/cuda/forward.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/embed.h"
+#include "kernels/cuda/layer_norm.h"
+#include "kernels/cuda/match.h"
+#include "kernels/cuda/merge.h"
+#include "kernels/cuda/rank.h"
+
+namespace pyra::engine {
+
+namespace cuda = kernels::cuda;
+
+namespace {
+
+/// Bytes an image takes in each buffer, in the order of Activations.
+struct ImageBytes {
+  explicit ImageBytes(const DeviceModel& model) {
+    const nn::VitConfig& config = model.config;
+    const size_t n = size_t(config.tokens()), c = size_t(config.embed_dim), compute = cuda::size_of(model.types.compute);
+    stream = n * c * cuda::size_of(model.types.residual);
+    rows = n * c * compute;
+    const size_t patch_values = size_t(config.patches() * 3 * config.patch_size * config.patch_size);
+    wide = std::max(n * std::max(3 * c, size_t(config.mlp_dim)), patch_values) * compute;
+    tokens = n * 4;
+    class_rows = size_t(config.num_heads) * n * 4;
+    features = c * 4;
+    logits = size_t(config.num_classes) * 4;
+  }
+  [[nodiscard]] size_t total() const {
+    return 2 * stream + rows + wide + 6 * tokens + class_rows + 2 * features + logits;
+  }
+  size_t stream, rows, wide, tokens, class_rows, features, logits;
+};
+
+size_t gate_floats(const DeviceModel& model, int batch) {
+  size_t most = 0;
+  for (const DeviceBlock& block : model.blocks)
+    if (block.merge && (block.merge->gate_a || block.merge->kind == DeviceMerge::Kind::by_host))
+      most = std::max(most, cuda::gate_scratch_floats(batch, block.merge->merged, int(model.config.embed_dim)));
+  return most;
+}
+
+}  // namespace
+
+Activations::Activations(const DeviceModel& model, int images) : batch(images) {
+  const ImageBytes each(model);
+  const size_t b = size_t(images);
+  for (DeviceMemory& memory : stream) memory = DeviceMemory(b * each.stream);
+  rows = DeviceMemory(b * each.rows);
+  wide = DeviceMemory(b * each.wide);
+  for (DeviceMemory* memory : {&sizes[0], &sizes[1], &keep, &src, &dst, &cosine})
+    *memory = DeviceMemory(b * each.tokens);
+  class_rows = DeviceMemory(b * each.class_rows);
+  gate_scratch = DeviceMemory(gate_floats(model, images) * 4);
+  pooled = DeviceMemory(b * each.features);
+  features = DeviceMemory(b * each.features);
+  logits = DeviceMemory(b * each.logits);
+}
+
+size_t Activations::bytes_for(const DeviceModel& model, int batch) {
+  return size_t(batch) * ImageBytes(model).total() + gate_floats(model, batch) * 4;
+}
+
+size_t Activations::bytes() const {
+  size_t sum = 0;
+  for (const DeviceMemory* memory : {&stream[0], &stream[1], &rows, &wide, &sizes[0], &sizes[1], &keep, &src, &dst,
+                                     &cosine, &class_rows, &gate_scratch, &pooled, &features, &logits})
+    sum += memory->bytes();
+  return sum;
+}
+
+/// Where a pass stands: which of each pair of buffers holds the tokens, how many there are.
+struct Forward::State {
+  int batch;
+  const Activations& memory;
+  int tokens = 0;
+  int now = 0;          ///< of memory.stream and memory.sizes
+  bool merged = false;  ///< sizes are written, and differ from one
+  bool normed = false;  ///< memory.rows holds the next block's norm1 already
+
+  [[nodiscard]] void* x() const { return memory.stream[size_t(now)].get(); }
+  [[nodiscard]] const float* sizes() const { return merged ? memory.sizes[size_t(now)].get<float>() : nullptr; }
+  [[nodiscard]] int rows() const { return batch * tokens; }
+};
+
+Forward::Forward(const nn::Vit& model, const DeviceModel& device_model, const nn::Preprocess& preprocess,
+                 bool exact_gelu, std::shared_ptr<cuda::GemmCache> cache)
+    : model_(device_model),
+      preprocess_(preprocess),
+      exact_gelu_(exact_gelu || device_model.types.compute == DType::fp32),
+      runner_(std::move(cache)) {
+  PYRA_CUDA(cudaStreamCreateWithFlags(&main_, cudaStreamNonBlocking));
+  PYRA_CUDA(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking));
+  PYRA_CUDA(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming));
+  PYRA_CUDA(cudaEventCreateWithFlags(&join_, cudaEventDisableTiming));
+  for (size_t i = 0; i < model_.blocks.size(); ++i) {
+    const DeviceBlock& block = model_.blocks[i];
+    const bool by_host = block.merge && block.merge->kind == DeviceMerge::Kind::by_host;
+    planners_.push_back(
+        by_host ? std::make_unique<HostPlanner>(model, int(i), block.tokens, block.merge->kept) : nullptr);
+  }
+}
+
+Forward::~Forward() {
+  for (cudaEvent_t event : {fork_, join_})
+    if (event) (void)cudaEventDestroy(event);
+  for (cudaStream_t stream : {main_, side_})
+    if (stream) (void)cudaStreamDestroy(stream);
+}
+
+void Forward::check_host_plans() {
+  for (const auto& planner : planners_)
+    if (planner) planner->rethrow();
+}
+
+void Forward::read_images(const DeviceImages& images, int batch, const Activations& activations) {
+  cuda::PatchCall call{.images = images.data,
+                       .is_float = images.is_float,
+                       .batch = batch,
+                       .side = int(model_.config.image_size),
+                       .patch = int(model_.config.patch_size),
+                       .out = activations.wide.get(),
+                       .compute = model_.types.compute};
+  std::copy_n(preprocess_.mean.begin(), 3, call.mean);
+  std::copy_n(preprocess_.std.begin(), 3, call.std);
+  cuda::extract_patches(call, main_);
+}
+
+void Forward::linear(const DeviceLinear& layer, cuda::LinearCall call, bool gelu) {
+  const bool tanh = gelu && !exact_gelu_;
+  call.weight = layer.weight;
+  call.bias = layer.bias;
+  call.in = layer.in;
+  call.out = layer.out;
+  call.epilogue = tanh ? cuda::Epilogue::gelu_tanh : cuda::Epilogue::none;
+  runner_.run(call, main_);
+  if (gelu && !tanh) cuda::gelu_erf(call.y, call.result, int64_t(call.rows) * layer.out, main_);
+}
+
+/// A layer of a block: operands of the compute type, the result of that type or added to the residual stream.
+void Forward::block_linear(const DeviceLinear& layer, const void* x, int rows, void* y, bool onto_stream, bool gelu) {
+  linear(layer,
+         {.x = x,
+          .residual = onto_stream ? y : nullptr,
+          .y = y,
+          .rows = rows,
+          .compute = model_.types.compute,
+          .result = onto_stream ? model_.types.residual : model_.types.compute,
+          .math = model_.types.tf32 ? cuda::MatrixMath::tf32 : cuda::MatrixMath::exact},
+         gelu);
+}
+
+void Forward::norm(State& state, const DeviceNorm& weights, void* y) {
+  const int channels = int(model_.config.embed_dim);
+  cuda::layer_norm({.x = state.x(),
+                    .row_stride = channels,
+                    .rows = state.rows(),
+                    .channels = channels,
+                    .weight = weights.weight,
+                    .bias = weights.bias,
+                    .eps = float(model_.config.norm_eps),
+                    .y = y,
+                    .residual = model_.types.residual,
+                    .compute = model_.types.compute},
+                   main_);
+}
+
+void Forward::embed(State& state) {
+  const nn::VitConfig& config = model_.config;
+  const int patches = int(config.patches());
+  // The stream's other half is free until the first merge.
+  void* embedded = state.memory.stream[1].get();
+  block_linear(model_.patch_embed, state.memory.wide.get(), state.batch * patches, embedded);
+  cuda::assemble_tokens({.embedded = embedded,
+                         .prefix = model_.prefix,
+                         .positions = model_.positions,
+                         .batch = state.batch,
+                         .patches = patches,
+                         .protected_tokens = int(config.protected_tokens()),
+                         .channels = int(config.embed_dim),
+                         .x = state.x(),
+                         .norm_weight = model_.blocks[0].norm1.weight,
+                         .norm_bias = model_.blocks[0].norm1.bias,
+                         .norm_eps = float(config.norm_eps),
+                         .y = state.memory.rows.get(),
+                         .residual = model_.types.residual,
+                         .compute = model_.types.compute},
+                        main_);
+  state.tokens = int(config.tokens());
+  state.normed = true;
+}
+
+void Forward::attend(State& state, const DeviceBlock& block, bool class_rows) {
+  const nn::VitConfig& config = model_.config;
+  cuda::attention({.qkv = state.memory.wide.get(),
+                   .sizes = model_.proportional_attention ? state.sizes() : nullptr,
+                   .out = state.memory.rows.get(),
+                   .class_rows = class_rows ? state.memory.class_rows.get<float>() : nullptr,
+                   .batch = state.batch,
+                   .tokens = state.tokens,
+                   .heads = int(config.num_heads),
+                   .head_dim = int(config.embed_dim / config.num_heads),
+                   .dtype = model_.types.compute},
+                  main_);
+  block_linear(block.proj, state.memory.rows.get(), state.rows(), state.x(), /*onto_stream=*/true);
+}
+
+/// Bipartite matching needs the keys alone, so it runs beside attention and projection; ranking needs both.
+void Forward::plan(State& state, const DeviceBlock& block) {
+  const nn::VitConfig& config = model_.config;
+  const DeviceMerge& merge = *block.merge;
+  const Activations& memory = state.memory;
+  if (merge.kind == DeviceMerge::Kind::bipartite) {
+    PYRA_CUDA(cudaEventRecord(fork_, main_));
+    PYRA_CUDA(cudaStreamWaitEvent(side_, fork_, 0));
+    cuda::match_bipartite({.qkv = memory.wide.get(),
+                           .batch = state.batch,
+                           .tokens = state.tokens,
+                           .heads = int(config.num_heads),
+                           .head_dim = int(config.embed_dim / config.num_heads),
+                           .dtype = model_.types.compute,
+                           .r = merge.merged,
+                           .protected_tokens = int(config.protected_tokens()),
+                           .in_side_a = merge.in_side_a,
+                           .keep = memory.keep.get<int32_t>(),
+                           .src = memory.src.get<int32_t>(),
+                           .dst = memory.dst.get<int32_t>()},
+                          side_);
+    PYRA_CUDA(cudaEventRecord(join_, side_));
+    return;
+  }
+  cuda::rank_tokens({.tokens = state.x(),
+                     .class_rows = memory.class_rows.get<float>(),
+                     .batch = state.batch,
+                     .token_count = state.tokens,
+                     .heads = int(config.num_heads),
+                     .channels = int(config.embed_dim),
+                     .dtype = model_.types.residual,
+                     .prune = merge.prune,
+                     .merge = merge.kept,
+                     .protected_tokens = int(config.protected_tokens()),
+                     .keep = memory.keep.get<int32_t>(),
+                     .src = memory.src.get<int32_t>(),
+                     .dst = memory.dst.get<int32_t>(),
+                     .cosine = memory.cosine.get<float>()},
+                    main_);
+}
+
+void Forward::merge(State& state, const DeviceBlock& block, int index) {
+  const DeviceMerge& merge = *block.merge;
+  const Activations& memory = state.memory;
+  const int next = 1 - state.now;
+  cuda::MergeCall call{.x = state.x(),
+                       .sizes = state.sizes(),
+                       .keep = memory.keep.get<int32_t>(),
+                       .src = memory.src.get<int32_t>(),
+                       .dst = memory.dst.get<int32_t>(),
+                       .src_size_scale = merge.kind == DeviceMerge::Kind::rank ? memory.cosine.get<float>() : nullptr,
+                       .weighted = merge.weighted,
+                       .gate_a = merge.gate_a,
+                       .gate_b = merge.gate_b,
+                       .gate_weight = merge.gate_weight,
+                       .gate_bias = merge.gate_bias,
+                       .gate_eps = merge.gate_eps,
+                       .batch = state.batch,
+                       .tokens = state.tokens,
+                       .kept = merge.kept,
+                       .merged = merge.merged,
+                       .channels = int(model_.config.embed_dim),
+                       .residual = model_.types.residual,
+                       .compute = model_.types.compute,
+                       .x_out = memory.stream[size_t(next)].get(),
+                       .sizes_out = memory.sizes[size_t(next)].get<float>(),
+                       .norm_weight = block.norm2.weight,
+                       .norm_bias = block.norm2.bias,
+                       .norm_eps = float(model_.config.norm_eps),
+                       .y = memory.rows.get(),
+                       .scratch = memory.gate_scratch.get<float>()};
+  if (HostPlanner* planner = planners_[size_t(index)].get())
+    planner->enqueue({.stream = state.x(),
+                      .sizes = state.sizes(),
+                      .qkv = memory.wide.get(),
+                      .class_rows = memory.class_rows.get<float>(),
+                      .residual = model_.types.residual,
+                      .compute = model_.types.compute},
+                     state.batch, call, main_);
+  cuda::merge_tokens(call, main_);
+  state.now = next;
+  state.tokens = merge.kept;
+  state.merged = true;
+}
+
+void Forward::mlp(State& state, const DeviceBlock& block) {
+  block_linear(block.fc1, state.memory.rows.get(), state.rows(), state.memory.wide.get(), /*onto_stream=*/false,
+               /*gelu=*/true);
+  block_linear(block.fc2, state.memory.wide.get(), state.rows(), state.x(), /*onto_stream=*/true);
+}
+
+void Forward::block(State& state, const DeviceBlock& block, int index) {
+  const Activations& memory = state.memory;
+  if (!state.normed) norm(state, block.norm1, memory.rows.get());
+  state.normed = false;
+  block_linear(block.qkv, memory.rows.get(), state.rows(), memory.wide.get());
+  if (!block.merge) {
+    attend(state, block, false);
+    norm(state, block.norm2, memory.rows.get());
+    return mlp(state, block);
+  }
+  const HostPlanner* planner = planners_[size_t(index)].get();
+  const bool bipartite = block.merge->kind == DeviceMerge::Kind::bipartite;
+  const bool class_rows = planner ? planner->needs().class_attention : !bipartite;
+  if (bipartite) plan(state, block);
+  attend(state, block, class_rows);
+  if (bipartite) PYRA_CUDA(cudaStreamWaitEvent(main_, join_, 0));
+  if (block.merge->kind == DeviceMerge::Kind::rank) plan(state, block);
+  merge(state, block, index);
+  mlp(state, block);
+}
+
+void Forward::head(State& state) {
+  const nn::VitConfig& config = model_.config;
+  const int channels = int(config.embed_dim);
+  const Activations& memory = state.memory;
+  const auto size = int64_t(cuda::size_of(model_.types.residual));
+  for (size_t i = 0; i < model_.heads.size(); ++i) {
+    cuda::LayerNormCall call{.x = static_cast<const char*>(state.x()) + int64_t(i) * channels * size,
+                             .row_stride = int64_t(state.tokens) * channels,
+                             .rows = state.batch,
+                             .channels = channels,
+                             .weight = model_.norm.weight,
+                             .bias = model_.norm.bias,
+                             .eps = float(config.norm_eps),
+                             .y = memory.features.get(),
+                             .residual = model_.types.residual,
+                             .compute = DType::fp32};
+    if (config.pool == nn::Pool::avg) {
+      cuda::mean_of_tokens(state.x(), model_.types.residual, state.batch, state.tokens, int(config.protected_tokens()),
+                           channels, memory.pooled.get<float>(), main_);
+      call.x = memory.pooled.get();
+      call.row_stride = channels;
+      call.residual = DType::fp32;
+    }
+    cuda::layer_norm(call, main_);
+    linear(model_.heads[i], {.x = memory.features.get(),
+                             .residual = i == 0 ? nullptr : memory.logits.get(),
+                             .y = memory.logits.get(),
+                             .rows = state.batch,
+                             .compute = DType::fp32,
+                             .result = DType::fp32});
+  }
+}
+
+void Forward::enqueue(int batch, const Activations& activations) {
+  if (batch < 1 || batch > activations.batch)
+    fail(ExitCode::internal, "forward: batch ", batch, ", planned for up to ", activations.batch);
+  for (const auto& planner : planners_)
+    if (planner) planner->reserve(activations.batch);
+  State state{.batch = batch, .memory = activations};
+  embed(state);
+  for (size_t i = 0; i < model_.blocks.size(); ++i) block(state, model_.blocks[i], int(i));
+  head(state);
+}
+
+}  // namespace pyra::engine

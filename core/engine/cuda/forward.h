@@ -1,0 +1,79 @@
+// The forward pass as a sequence of kernels on one stream, with the matching beside it on another.
+#pragma once
+#include <array>
+#include <memory>
+#include <vector>
+
+#include "engine/cuda/device_model.h"
+#include "engine/cuda/host_planner.h"
+#include "kernels/cuda/linear.h"
+
+namespace pyra::engine {
+
+/// Room for the activations of up to `batch` images, planned once: nothing is allocated while a forward pass runs.
+/// Of what a block makes, two things share a place where one is dead before the other is written: q, k, v and the MLP's
+/// hidden rows; the norm's output and attention's.
+struct Activations {
+  Activations() = default;
+  Activations(const DeviceModel& model, int batch);
+  [[nodiscard]] size_t bytes() const;
+  /// Bytes that a batch of that size would take.
+  [[nodiscard]] static size_t bytes_for(const DeviceModel& model, int batch);
+
+  int batch = 0;
+  std::array<DeviceMemory, 2> stream;  ///< [B,N,C] residual type; a merge reads one and writes the other
+  DeviceMemory rows;                   ///< [B,N,C] compute type: a norm's output, attention's output
+  DeviceMemory wide;                   ///< [B,N,max(3C, mlp)] compute type: q, k, v, hidden rows, image patches
+  std::array<DeviceMemory, 2> sizes;   ///< [B,N] fp32
+  DeviceMemory keep, src, dst, cosine, class_rows, gate_scratch;
+  DeviceMemory pooled, features, logits;  ///< [B,C], [B,C], [B,classes] fp32
+};
+
+/// Where the images of a batch lie.
+struct DeviceImages {
+  const void* data = nullptr;
+  bool is_float = false;  ///< fp32 [B,3,S,S], normalised; else uint8 [B,S,S,3]
+};
+
+/// Owns the streams, the workspace of the matrix products and the events that join the streams.
+class Forward {
+ public:
+  Forward(const nn::Vit& model, const DeviceModel& device_model, const nn::Preprocess& preprocess, bool exact_gelu,
+          std::shared_ptr<kernels::cuda::GemmCache> cache);
+  ~Forward();
+  Forward(const Forward&) = delete;
+  Forward& operator=(const Forward&) = delete;
+
+  [[nodiscard]] cudaStream_t stream() const { return main_; }
+  /// Images to patches, in activations.wide.
+  void read_images(const DeviceImages& images, int batch, const Activations& activations);
+  /// Patches to logits. Neither allocates nor synchronises once every shape's matrix product has been chosen (the first
+  /// call with this batch), so it can be captured.
+  void enqueue(int batch, const Activations& activations);
+  /// Throws what a third party's plan() threw in the passes since the last call, after the stream was waited for.
+  void check_host_plans();
+
+ private:
+  struct State;
+  void embed(State& state);
+  void block(State& state, const DeviceBlock& block, int index);
+  void attend(State& state, const DeviceBlock& block, bool class_rows);
+  void plan(State& state, const DeviceBlock& block);
+  void merge(State& state, const DeviceBlock& block, int index);
+  void mlp(State& state, const DeviceBlock& block);
+  void head(State& state);
+  void linear(const DeviceLinear& layer, kernels::cuda::LinearCall call, bool gelu = false);
+  void block_linear(const DeviceLinear& layer, const void* x, int rows, void* y, bool onto_stream = false,
+                    bool gelu = false);
+  void norm(State& state, const DeviceNorm& weights, void* y);
+
+  const DeviceModel& model_;
+  nn::Preprocess preprocess_;
+  bool exact_gelu_;
+  cudaStream_t main_ = nullptr, side_ = nullptr;
+  cudaEvent_t fork_ = nullptr, join_ = nullptr;
+  kernels::cuda::LinearRunner runner_;
+  std::vector<std::unique_ptr<HostPlanner>> planners_;  ///< by block; null where the kernels plan
+};
+
+}  // namespace pyra::engine

@@ -1,0 +1,158 @@
+"""The measuring half of bench_gpu.sh: our rows by `pyractl bench`, timm's by CUDA events, all in one run."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import timm
+import torch
+from timm_peers import MergingVit
+
+# (architecture, merger, schedule, batches): each also gives its dense row.
+OURS = [
+    ("vit_base_patch16_224", "pyra", "high", "1,2,4,8,16,32,64,128,256,512"),
+    ("vit_base_patch16_224", "pyra", "low", "1,2,4,8,16,32,64,128,256,512"),
+    ("vit_base_patch16_224", "tome", "high", "256"),
+    ("vit_base_patch16_224", "diffrate", "high", "256"),
+    ("vit_large_patch16_224", "pyra", "high", "64,256"),
+    ("vit_large_patch16_224", "pyra", "low", "64,256"),
+    ("vit_small_patch16_224", "pyra", "high", "256"),
+    ("vit_small_patch16_224", "pyra", "low", "256"),
+    ("deit_base_distilled_patch16_224", "pyra", "high", "256"),
+    ("deit_base_distilled_patch16_224", "pyra", "low", "256"),
+]
+# (architecture, merger or None, schedule, batch, compiled): the peers, all ViT-B.
+PEERS = [
+    (None, None, 256, False),
+    (None, None, 256, True),
+    ("pyra", "low", 256, False),
+    ("pyra", "low", 256, True),
+    ("pyra", "high", 256, False),
+    ("pyra", "high", 256, True),
+    ("tome", "high", 256, False),
+    (None, None, 1, False),
+    (None, None, 1, True),
+    ("pyra", "high", 1, False),
+]
+PEER_ARCH = "vit_base_patch16_224"
+
+
+def pyractl(*arguments):
+    command = [os.environ["PYRACTL"], "bench", "--json", "--quiet", "--device", "cuda", *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode != 0:
+        sys.exit(f"bench_gpu.py: {' '.join(command)} ended with {answer.returncode}: {answer.stderr.strip()}")
+    return json.loads(answer.stdout)
+
+
+def our_rows(options):
+    """Medians by name; the context of the last run. A dense row that several runs measured keeps its first figure."""
+    rows, context = {}, {}
+    for arch, merger, schedule, batches in OURS:
+        if options.quick and arch != PEER_ARCH:
+            continue
+        print(f"pyractl {arch} {merger} {schedule}", file=sys.stderr)
+        document = pyractl("--arch", arch, "--merge", merger, "--schedule", schedule, "--batch", batches, "--dtype",
+                           options.dtype, "--repetitions", str(options.repetitions), "--min-time", "0.1")  # fmt: skip
+        context = document["context"]
+        dense = {}
+        for run in document["benchmarks"]:
+            if run.get("aggregate_name") != "median":
+                continue
+            name = run["run_name"]
+            rate = run["items_per_second"]
+            kind = name.split("/")[2]
+            if kind == "dense":
+                dense[run_key(name)] = rate
+            row = {"name": name, "images_per_second": rate, "ms": run["real_time"], "macs": run["macs"],
+                   "peak_memory_bytes": run["peak_memory_bytes"]}  # fmt: skip
+            if kind != "dense":
+                row["speed_up"] = rate / dense[run_key(name)]  # of the same run
+                row["slower_than_dense"] = row["speed_up"] < 1
+            rows.setdefault(name, row)
+    return list(rows.values()), context
+
+
+def run_key(name):
+    parts = name.split("/")
+    return parts[1], parts[-1]
+
+
+def peer_row(merger, schedule, batch, compiled, options):
+    torch.manual_seed(0)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
+    model = timm.create_model(PEER_ARCH).eval().to("cuda", dtype)
+    if merger:
+        model = MergingVit(model, merger, schedule).eval().to("cuda", dtype)
+    if compiled:
+        model = torch.compile(model, mode="max-autotune" if options.autotune else "reduce-overhead")
+    images = torch.randn(batch, 3, 224, 224, device="cuda", dtype=dtype)
+    times = []
+    with torch.inference_mode():
+        for _ in range(10):
+            model(images)
+        for _ in range(40):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            model(images)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+    ms = statistics.median(times)
+    kind = f"{merger}-{schedule}" if merger else "dense"
+    peer = "timm-compiled" if compiled else "timm-eager"
+    name = f"{peer}/infer/{PEER_ARCH}/{kind}/cuda/{options.dtype}/b{batch}"
+    print(f"{name} {1e3 * batch / ms:.0f}", file=sys.stderr)
+    return {"name": name, "images_per_second": 1e3 * batch / ms, "ms": ms}
+
+
+def markdown(document):
+    context = document["context"]
+    lines = [f"{context['device']}, driver {context['driver']}, highest clock {context['gpu_clock_mhz']} MHz, "
+             f"{context['clocks']}; commit {context['commit']}; torch {context['peer']['torch']}, timm "
+             f"{context['peer']['timm']}", "", "| row | images/s | ms | over its dense |", "|---|---|---|---|"]  # fmt: skip
+    for row in document["rows"]:
+        speed_up = f"{row['speed_up']:.2f}x" if "speed_up" in row else ""
+        if row.get("slower_than_dense"):
+            speed_up += " (slower than dense)"
+        lines.append(f"| {row['name']} | {row['images_per_second']:,.0f} | {row['ms']:.3f} | {speed_up} |")
+    return "\n".join(lines) + "\n"
+
+
+def clocks():
+    query = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    answer = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
+    return "SM, memory clock, power, temperature at the end: " + answer.stdout.strip().split("\n")[0]
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="bench_gpu.sh", description="pyractl beside timm on a GPU")
+    parser.add_argument("--out", default="bench_gpu", help="writes OUT.json and OUT.md (default bench_gpu)")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="ViT-B only")
+    parser.add_argument("--no-peers", action="store_true", help="our rows alone")
+    parser.add_argument("--autotune", action="store_true", help="peers compiled with max-autotune: minutes each")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this machine has no GPU that PyTorch can use")
+    rows, context = our_rows(options)
+    if not options.no_peers:
+        rows += [peer_row(*peer, options) for peer in PEERS]
+    keep = ("date", "device", "driver", "gpu_clock_mhz", "libtorch_version", "pyractl_version", "commit")
+    context = {key: context[key] for key in keep}
+    context["clocks"] = clocks()
+    context["peer"] = {"torch": torch.__version__, "timm": timm.__version__}
+    document = {"context": context, "rows": rows}
+    with open(options.out + ".json", "w") as file:
+        json.dump(document, file, indent=1)
+    with open(options.out + ".md", "w") as file:
+        file.write(markdown(document))
+    print(markdown(document))
+
+
+if __name__ == "__main__":
+    main()

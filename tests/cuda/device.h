@@ -1,0 +1,67 @@
+// Device memory for tests, and the skip where there is no GPU.
+#pragma once
+#include <ATen/Functions.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+#include <limits>
+
+#include "catch.h"
+#include "kernels/cuda/cuda_call.h"
+
+namespace pyra::test {
+
+[[nodiscard]] inline bool has_gpu() {
+  int count = 0;
+  const bool found = cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+  (void)cudaGetLastError();
+  return found;
+}
+
+/// First line of every test of this room: ctest counts a test that prints this as skipped (tests/CMakeLists.txt).
+#define PYRA_NEEDS_GPU()                                \
+  if (!::pyra::test::has_gpu()) {                       \
+    std::puts("skipped: no CUDA device on this machine"); \
+    return;                                             \
+  }
+
+[[nodiscard]] inline at::ScalarType scalar_type(kernels::cuda::DType dtype) {
+  using kernels::cuda::DType;
+  return dtype == DType::fp32 ? at::kFloat : dtype == DType::bf16 ? at::kBFloat16 : at::kHalf;
+}
+
+/// A tensor's bytes on the device: made from a CPU tensor, or by shape and filled with NaN so that what a kernel leaves
+/// unwritten shows.
+class OnDevice {
+ public:
+  explicit OnDevice(const at::Tensor& cpu) : host_(cpu.contiguous()) {
+    PYRA_CUDA(cudaMalloc(&data_, std::max<size_t>(16, host_.nbytes())));
+    PYRA_CUDA(cudaMemcpy(data_, host_.const_data_ptr(), host_.nbytes(), cudaMemcpyHostToDevice));
+  }
+  OnDevice(at::IntArrayRef shape, at::ScalarType type) : OnDevice(poison(shape, type)) {}
+  ~OnDevice() { (void)cudaFree(data_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  template <class T = void>
+  [[nodiscard]] T* get() const {
+    return static_cast<T*>(data_);
+  }
+  /// Waits for the device and copies back.
+  [[nodiscard]] at::Tensor cpu() const {
+    at::Tensor out = at::empty_like(host_);
+    PYRA_CUDA(cudaDeviceSynchronize());
+    PYRA_CUDA(cudaMemcpy(out.data_ptr(), data_, out.nbytes(), cudaMemcpyDeviceToHost));
+    return out;
+  }
+
+ private:
+  static at::Tensor poison(at::IntArrayRef shape, at::ScalarType type) {
+    return at::isFloatingType(type) ? at::full(shape, std::numeric_limits<double>::quiet_NaN(), type)
+                                    : at::full(shape, -1, type);
+  }
+  at::Tensor host_;
+  void* data_ = nullptr;
+};
+
+}  // namespace pyra::test
