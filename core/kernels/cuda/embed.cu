@@ -7,7 +7,8 @@
 // from the image. Moves S*S*3 bytes (12 for fp32) in and S*S*3 elements out of each image.
 // assemble_tokens: a warp owns a token, of two neighbouring images where tokens are plenty: positions, weight and bias
 // are then read once for both. Moves rows * C * (embedded + x + y) bytes.
-// gelu_erf: a thread owns two vectors of 16 bytes; bound by memory, barely: erff costs some 25 instructions.
+// gelu_erf: a thread owns two vectors of 16 bytes. Moves every value in and out once; erff's arithmetic is of the same
+// order as that traffic.
 #include "kernels/cuda/embed.h"
 
 #include "kernels/cuda/row.cuh"
@@ -172,17 +173,16 @@ __global__ void __launch_bounds__(kTokenWarps* kWarp) assemble_kernel(const Asse
       }
     }
   }
-  // A last odd image is computed twice and written once.
-  const auto to = [&](int n) { return (int64_t(first + n) * tokens + token) * channels; };
+  // A last odd image is computed and written twice.
+  const int64_t to = (int64_t(first) * tokens + token) * channels;
+  const int64_t stride = first + 1 < call.batch ? int64_t(tokens) * channels : 0;
 #pragma unroll
   for (int n = 0; n < kImages; ++n) {
-    if (first + n < call.batch)
-      store_row<Residual, kWidth>(static_cast<Residual*>(call.x) + to(n), rows[n], channels, lane);
+    store_row<Residual, kWidth>(static_cast<Residual*>(call.x) + to + n * stride, rows[n], channels, lane);
     normalise<kWidth>(rows[n], channels, call.norm_eps, lane);
   }
   store_affine<Compute, kWidth>(rows, call.norm_weight, call.norm_bias, channels, lane,
-                                static_cast<Compute*>(call.y) + to(0), int64_t(tokens) * channels,
-                                first + 1 < call.batch ? kImages : 1);
+                                static_cast<Compute*>(call.y) + to, stride);
 }
 
 template <class Residual, class Compute, class Row, int kImages>

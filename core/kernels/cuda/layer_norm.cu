@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_kernel(const LayerNormCall
   const int64_t first = (int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp) * kRows;
   if (first >= call.rows) return;
   const In* x = static_cast<const In*>(call.x);
-  RawRow<In, kValues, kWidth> raw[kRows];
+  RawRow<In, kValues, kWidth> raw[kRows];  // a last odd row twice, also written twice
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = first + r < call.rows ? first + r : first;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_kernel(const LayerNormCall
     normalise<kWidth>(rows[r], channels, call.eps, lane);
   }
   store_affine<Out, kWidth>(rows, call.weight, call.bias, channels, lane, static_cast<Out*>(call.y) + first * channels,
-                            channels, first + 1 < call.rows ? kRows : 1);
+                            first + 1 < call.rows ? channels : 0);
 }
 
 template <class In, class Out, class Row, int kRows>

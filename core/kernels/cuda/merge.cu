@@ -3,12 +3,11 @@
 // A block owns a slice of an image's output tokens, a warp one of them at a time, a lane its vectors of channels
 // (row.cuh). The launch picks how many slices an image is cut into; no sum knows of it.
 // With a gate every block first computes the gates of its whole image: w1 adds up over all pairs, and to recompute them
-// from L2 costs a small batch less than a second launch, a large one (a slice is an image then) nothing. A round takes
-// kSlots pairs, a warp one of them: it leaves a[i] P[i] in shared memory and keeps w2[i], then every thread adds the
-// round's rows to the channels it owns, in the plan's order.
-// Then each warp finds the sources of its output token by ballots over dst (ascending, the plan's order again) and adds
-// them. Reading a round's or a source's rows ahead of their turn was given up: the registers it takes spill, or halve
-// the warps whose loads are in flight.
+// from L2 should cost a small batch less than a second launch, a large one (a slice is an image then) nothing. A round
+// takes kSlots pairs, a warp one of them: it leaves a[i] P[i] in shared memory and keeps w2[i], then every thread adds
+// the round's rows to the channels it owns, in the plan's order. Then each warp finds the sources of its output token
+// by ballots over dst (ascending, the plan's order again) and adds them. Reading a round's or a source's rows ahead of
+// their turn was given up: the registers it takes spill, or halve the warps whose loads are in flight.
 //
 // Bytes moved: K + R tokens read (the gate's R and their destinations once more, from L2 in the main), K written twice.
 #include "kernels/cuda/merge.h"
@@ -276,7 +275,7 @@ __device__ __forceinline__ void merge_row(const MergeCall& call, int image, cons
   }
   normalise<S::kWidth>(row, S::channels(call), call.norm_eps, lane);
   store_affine<Y, S::kWidth>(rows, call.norm_weight, call.norm_bias, S::channels(call), lane,
-                             static_cast<Y*>(call.y) + to, 0, 1);
+                             static_cast<Y*>(call.y) + to, 0);
 }
 
 template <class S>

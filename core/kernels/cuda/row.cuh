@@ -168,12 +168,12 @@ __device__ __forceinline__ void normalise(float (&row)[kValues], int channels, f
   for (int v = 0; v < kValues; ++v) row[v] = __fmul_rn(row[v], inverse);
 }
 
-/// y = normalised * weight + bias for kRows rows at once, of which `count` exist: the parameters are read once for all.
-/// Rows go to `y`, `stride` elements apart.
+/// y = normalised * weight + bias for kRows rows at once: the parameters are read once for all. Rows go to `y`,
+/// `stride` elements apart. A caller short of rows gives one of them twice, 0 apart: a condition here makes ptxas split
+/// stores.
 template <class T, int kWidth, int kRows, int kValues>
 __device__ __forceinline__ void store_affine(const float (&rows)[kRows][kValues], const float* weight,
-                                             const float* bias, int channels, int lane, T* y, int64_t stride,
-                                             int count) {
+                                             const float* bias, int channels, int lane, T* y, int64_t stride) {
 #pragma unroll
   for (int j = 0; j < kValues / kWidth; ++j) {
     const int c = (j * kWarp + lane) * kWidth;
@@ -186,7 +186,7 @@ __device__ __forceinline__ void store_affine(const float (&rows)[kRows][kValues]
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) values[e] = __fmaf_rn(rows[r][j * kWidth + e], scale[e], shift[e]);
-      if (r == 0 || r < count) Words<T, kWidth>::of(values, 0).write(y + r * stride + c);
+      Words<T, kWidth>::of(values, 0).write(y + r * stride + c);
     }
   }
 }
