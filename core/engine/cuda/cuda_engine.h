@@ -1,5 +1,6 @@
-// The engine on a GPU: one captured graph per batch size over memory planned once, and a pipeline of two batches, so
-// that the copy of one, the pass of another and what the caller does meanwhile overlap.
+// The engine on a GPU: one captured graph per batch size over memory planned once, a large batch in two halves side by
+// side, and a pipeline of two batches, so that the copy of one, the pass of another and what the caller does meanwhile
+// overlap.
 #pragma once
 #include <array>
 #include <deque>
@@ -31,18 +32,29 @@ class CudaEngine final : public Engine {
     cudaEvent_t copied = nullptr, begun = nullptr, read = nullptr, done = nullptr, returned = nullptr;
     int batch = 0;
   };
+  /// A share of the batch with streams and memory of its own.
+  struct Branch {
+    std::unique_ptr<Forward> forward;
+    Activations activations;
+  };
   void check(const at::Tensor& images) const;
+  /// Into how many branches a batch of that size is cut: shares of the same size, or an image's place would matter.
+  [[nodiscard]] static int branches_of(int batch);
   void plan_for(int batch);
   cudaGraphExec_t graph_for(int batch);
+  void enqueue(int batch);
+  void check_host_plans();
   void drop_graphs();
   void stage(Slot& slot, const at::Tensor& images);
   void read_images(const Slot& slot, const at::Tensor& images);
+  void return_logits(const Slot& slot);
+  [[nodiscard]] cudaStream_t stream() const { return branches_[0].forward->stream(); }
 
   int device_;
   DeviceModel device_model_;
   std::shared_ptr<kernels::cuda::GemmCache> cache_;
-  Forward forward_;
-  Activations activations_;
+  std::array<Branch, 2> branches_;
+  cudaEvent_t fork_ = nullptr, join_ = nullptr;
   std::map<int, cudaGraphExec_t> graphs_;
   std::array<Slot, 2> slots_;
   std::deque<size_t> queue_;  ///< of slots, in the order of submission

@@ -113,11 +113,17 @@ Forward::~Forward() {
 }
 
 void Forward::check_host_plans() {
-  for (const auto& planner : planners_)
-    if (planner) planner->rethrow();
+  std::exception_ptr first;
+  for (const auto& planner : planners_) {
+    if (!planner) continue;
+    const std::exception_ptr failure = planner->take_failure();
+    if (!first) first = failure;
+  }
+  if (first) std::rethrow_exception(first);
 }
 
-void Forward::read_images(const DeviceImages& images, int batch, const Activations& activations) {
+void Forward::read_images(const DeviceImages& images, int batch, const Activations& activations,
+                          cudaStream_t stream) const {
   cuda::PatchCall call{.images = images.data,
                        .is_float = images.is_float,
                        .batch = batch,
@@ -127,7 +133,7 @@ void Forward::read_images(const DeviceImages& images, int batch, const Activatio
                        .compute = model_.types.compute};
   std::copy_n(preprocess_.mean.begin(), 3, call.mean);
   std::copy_n(preprocess_.std.begin(), 3, call.std);
-  cuda::extract_patches(call, main_);
+  cuda::extract_patches(call, stream);
 }
 
 void Forward::linear(const DeviceLinear& layer, cuda::LinearCall call, bool gelu) {

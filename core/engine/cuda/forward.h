@@ -46,7 +46,7 @@ class Forward {
 
   [[nodiscard]] cudaStream_t stream() const { return main_; }
   /// Images to patches, in activations.wide.
-  void read_images(const DeviceImages& images, int batch, const Activations& activations);
+  void read_images(const DeviceImages& images, int batch, const Activations& activations, cudaStream_t stream) const;
   /// Patches to logits. Neither allocates nor synchronises once every shape's matrix product has been chosen (the first
   /// call with this batch), so it can be captured.
   void enqueue(int batch, const Activations& activations);

@@ -156,10 +156,6 @@ void HostPlanner::run(void* argument) {
   self.take_harmless_plan(task.batch);
 }
 
-void HostPlanner::rethrow() {
-  if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
-}
-
 void HostPlanner::send_plan(int batch, kernels::cuda::MergeCall& call, cudaStream_t stream) {
   const size_t b = size_t(batch), r = size_t(shape_->merged), c = size_t(config_.embed_dim);
   keep_.to_device(b * size_t(kept_) * 4, stream);

@@ -48,6 +48,15 @@ void GemmCache::read() {
   }
 }
 
+std::shared_ptr<GemmCache> GemmCache::shared(const fs::path& file, const std::string& version) {
+  static std::mutex mutex;
+  static std::map<std::pair<std::string, std::string>, std::shared_ptr<GemmCache>> caches;
+  const std::lock_guard lock(mutex);
+  auto& cache = caches[{file.string(), version}];
+  if (!cache) cache = std::make_shared<GemmCache>(file, version);
+  return cache;
+}
+
 std::optional<AlgorithmWords> GemmCache::find(const std::string& shape) const {
   const std::lock_guard lock(mutex_);
   const auto found = entries_.find({version_, shape});
@@ -64,6 +73,7 @@ void GemmCache::add(const std::string& shape, const AlgorithmWords& words) {
 void GemmCache::save() {
   const std::lock_guard lock(mutex_);
   if (file_.empty() || !changed_) return;
+  read();
   std::error_code error;
   fs::create_directories(file_.parent_path(), error);
   const fs::path fresh = cat(file_.string(), ".tmp-", getpid());

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -21,9 +22,12 @@ class GemmCache {
   /// version are not used.
   GemmCache(std::filesystem::path file, std::string version);
 
+  /// The process's one for this file and version: engines made one after another agree at once.
+  [[nodiscard]] static std::shared_ptr<GemmCache> shared(const std::filesystem::path& file, const std::string& version);
+
   [[nodiscard]] std::optional<AlgorithmWords> find(const std::string& shape) const;
   void add(const std::string& shape, const AlgorithmWords& words);
-  /// Writes what was added since, whole or not at all.
+  /// Writes what was added since, whole or not at all. What another process wrote first stays.
   void save();
 
   /// $PYRA_CACHE_DIR, else $XDG_CACHE_HOME/pyra, else ~/.cache/pyra; empty where none is set or PYRA_CACHE_DIR is "".
