@@ -1,4 +1,4 @@
-// The path for CPUs without AVX-512: plain ATen operations in fp32, forward and backward written out.
+// The path for CPUs without AVX2: plain ATen operations in fp32, forward and backward written out.
 #include <cmath>
 #include <utility>
 

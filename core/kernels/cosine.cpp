@@ -1,4 +1,4 @@
-// rows x candidates x width multiply-adds in registers: a tile of 4 rows by 32 candidates is summed over the whole
+// rows x candidates x width multiply-adds in registers: a tile of 1 to 4 rows by 32 candidates is summed over the whole
 // width, then compared with the best so far, so the scores themselves never reach memory. Each score is summed over
 // the width in order by one lane, which is why it does not depend on where in a tile it falls.
 #include "kernels/cosine.h"
@@ -11,7 +11,7 @@
 namespace pyra::kernels {
 namespace {
 
-constexpr int64_t kColumns = 2 * kWide;
+constexpr int64_t kColumns = 32;
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 struct Problem {
@@ -39,17 +39,38 @@ PYRA_INLINE void pack(const Problem& p) {
   }
 }
 
-PYRA_INLINE void keep_better(Wide& best, WideInt& best_column, const Wide& score, int64_t first_column) {
-  WideInt column;
-  for (int32_t lane = 0; lane < kWide; ++lane) column[lane] = int32_t(first_column) + lane;
-  const WideInt better = score > best;
+/// A register of each instruction set. Wide serves where little is computed: what GCC 12 makes of arrays of it for AVX2
+/// keeps every sum in memory, eight times as slow as this.
+struct Sse {
+  static constexpr int64_t kLanes = 4;
+  using Floats = float __attribute__((vector_size(16)));
+  using Columns = int32_t __attribute__((vector_size(16)));
+};
+struct Avx2 {
+  static constexpr int64_t kLanes = 8;
+  using Floats = float __attribute__((vector_size(32)));
+  using Columns = int32_t __attribute__((vector_size(32)));
+};
+struct Avx512 {
+  static constexpr int64_t kLanes = 16;
+  using Floats = float __attribute__((vector_size(64)));
+  using Columns = int32_t __attribute__((vector_size(64)));
+};
+
+template <class R>
+PYRA_INLINE void keep_better(typename R::Floats& best, typename R::Columns& best_column,
+                             const typename R::Floats& score, int64_t first_column) {
+  typename R::Columns column;
+  for (int32_t lane = 0; lane < R::kLanes; ++lane) column[lane] = int32_t(first_column) + lane;
+  const typename R::Columns better = score > best;
   best = better ? score : best;
   best_column = better ? column : best_column;
 }
 
-PYRA_INLINE Partner best_lane(const Wide& best, const WideInt& column, float row_scale) {
+template <class R>
+PYRA_INLINE Partner best_lane(const typename R::Floats& best, const typename R::Columns& column, float row_scale) {
   Partner partner{kNever, 0};
-  for (int lane = 0; lane < kWide; ++lane) {
+  for (int lane = 0; lane < R::kLanes; ++lane) {
     const bool first = best[lane] == partner.cosine && column[lane] < partner.column;
     if (best[lane] > partner.cosine || first) partner = {best[lane], column[lane]};
   }
@@ -57,8 +78,12 @@ PYRA_INLINE Partner best_lane(const Wide& best, const WideInt& column, float row
   return partner;
 }
 
-template <int kRows>
+/// kRows x kColumns scores at a time, in registers of type R.
+template <int kRows, class R>
 PYRA_INLINE void search(const Problem& p) {
+  using Floats = typename R::Floats;
+  constexpr int64_t kLanes = R::kLanes;
+  constexpr int64_t kParts = kColumns / kLanes;
   pack(p);
   const int64_t rows = int64_t(p.rows.size());
   const int64_t padded = (int64_t(p.candidates.size()) + kColumns - 1) / kColumns * kColumns;
@@ -66,33 +91,38 @@ PYRA_INLINE void search(const Problem& p) {
     const float* token[kRows];
     // The last tile repeats the last row instead of needing a kernel of its own.
     for (int64_t i = 0; i < kRows; ++i) token[i] = p.tokens + p.rows[size_t(std::min(row + i, rows - 1))] * p.width;
-    Wide best[kRows];
-    WideInt best_column[kRows] = {};
-    for (int64_t i = 0; i < kRows; ++i) best[i] = Wide{} + kNever;
+    Floats best[kRows];
+    typename R::Columns best_column[kRows] = {};
+    for (int64_t i = 0; i < kRows; ++i) best[i] = Floats{} + kNever;
     for (int64_t column = 0; column < padded; column += kColumns) {
-      Wide low[kRows], high[kRows];
-      for (int64_t i = 0; i < kRows; ++i) {
-        load(low[i], p.bias + column);
-        load(high[i], p.bias + column + kWide);
+      Floats score[kRows][kParts];
+#pragma GCC unroll 8
+      for (int64_t part = 0; part < kParts; ++part) {
+        Floats bias;
+        std::memcpy(&bias, p.bias + column + part * kLanes, sizeof bias);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kRows; ++i) score[i][part] = bias;
       }
       const float* packed = p.packed + column * p.width;
       for (int64_t d = 0; d < p.width; ++d, packed += kColumns) {
-        Wide left, right;
-        load(left, packed);
-        load(right, packed + kWide);
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < kRows; ++i) {
-          low[i] += token[i][d] * left;
-          high[i] += token[i][d] * right;
+        for (int64_t part = 0; part < kParts; ++part) {
+          Floats value;
+          std::memcpy(&value, packed + part * kLanes, sizeof value);
+#pragma GCC unroll 8
+          for (int64_t i = 0; i < kRows; ++i) score[i][part] += token[i][d] * value;
         }
       }
+#pragma GCC unroll 8
       for (int64_t i = 0; i < kRows; ++i) {
-        keep_better(best[i], best_column[i], low[i], column);
-        keep_better(best[i], best_column[i], high[i], column + kWide);
+#pragma GCC unroll 8
+        for (int64_t part = 0; part < kParts; ++part) {
+          keep_better<R>(best[i], best_column[i], score[i][part], column + part * kLanes);
+        }
       }
     }
     for (int64_t i = 0; i < std::min<int64_t>(kRows, rows - row); ++i) {
-      p.out[row + i] = best_lane(best[i], best_column[i], inverse_norm(token[i], p.width));
+      p.out[row + i] = best_lane<R>(best[i], best_column[i], inverse_norm(token[i], p.width));
     }
   }
 }
@@ -107,9 +137,15 @@ void CosineSearch::run(const float* tokens, int64_t width, std::span<const int32
   bias_.assign(padded, 0.0f);
   std::fill(bias_.begin() + int64_t(candidates.size()), bias_.end(), kNever);
   const Problem problem{tokens, width, rows, candidates, packed_.data(), bias_.data(), out.data()};
-  // Two accumulators a row: 8, 8 and 8 registers of the respective width.
+  // Eight accumulators: 4 x 2 registers of AVX-512, 2 x 4 of AVX2, 1 x 8 of SSE2.
   with_isa(isa, [&](auto tag) PYRA_INLINE_LAMBDA {
-    search<tag() == Isa::avx512 ? 4 : tag() == Isa::avx2 ? 2 : 1>(problem);
+    if constexpr (tag() == Isa::avx512) {
+      search<4, Avx512>(problem);
+    } else if constexpr (tag() == Isa::avx2) {
+      search<2, Avx2>(problem);
+    } else {
+      search<1, Sse>(problem);
+    }
   });
 }
 

@@ -10,16 +10,19 @@
 namespace pyra::kernels {
 namespace {
 
-constexpr std::array<const char*, 3> kNames{"aten", "avx512", "avx512-bf16"};
+constexpr std::array<const char*, 4> kNames{"aten", "avx2", "avx512", "avx512-bf16"};
 
 CpuKernel best_of_this_cpu() {
 #if defined(PYRA_SIMD_X86)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return CpuKernel::aten;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("bmi2")) {
     return __builtin_cpu_supports("avx512bf16") ? CpuKernel::avx512_bf16 : CpuKernel::avx512;
   }
-#endif
+  return CpuKernel::avx2;
+#else
   return CpuKernel::aten;
+#endif
 }
 
 CpuKernel decide() {
@@ -34,7 +37,7 @@ CpuKernel decide() {
     }
     return CpuKernel(i);
   }
-  fail(ExitCode::usage, "PYRA_CPU_KERNEL=", wish, ": expected aten, avx512 or avx512-bf16");
+  fail(ExitCode::usage, "PYRA_CPU_KERNEL=", wish, ": expected aten, avx2, avx512 or avx512-bf16");
 }
 
 }  // namespace

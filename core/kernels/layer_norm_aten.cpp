@@ -1,4 +1,4 @@
-// The path for CPUs without AVX-512: plain ATen operations.
+// The path for CPUs without AVX2: plain ATen operations.
 #include "kernels/layer_norm_path.h"
 
 namespace pyra::kernels {

@@ -78,7 +78,7 @@ class LinearWeights {
 /// 16 bits each: element e is kept if half-word e%8 (low half first) of block e/8 is >= p * 65536.
 [[nodiscard]] at::Tensor dropout_multipliers(const Dropout& options, int64_t count);
 
-/// Which micro-kernel this process uses: "avx512-bf16", "avx512", "aten". For `doctor` and benchmark context.
+/// Which micro-kernel this process uses: "avx512-bf16", "avx512", "avx2", "aten". For `doctor` and benchmark context.
 [[nodiscard]] const char* cpu_micro_kernel();
 
 }  // namespace pyra::kernels

@@ -1,4 +1,4 @@
-// The path for CPUs without AVX-512: plain ATen operations in fp32, forward and backward written out.
+// The path for CPUs without AVX2: plain ATen operations in fp32, forward and backward written out.
 //
 // bf16 is widened: on such CPUs it saves memory, not time. ATen's matmul picks its own blocking, so here a row's last
 // bits may depend on the number of rows; the micro-kernels' rows do not.

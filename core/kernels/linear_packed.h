@@ -8,11 +8,10 @@
 
 namespace pyra::kernels {
 
-/// A matrix M [k,n] cut into panels of 32 columns, each panel [k][32], the last padded with zero columns, so that a
-/// micro-kernel reads it front to back. bf16: [ceil(k/2)][32][2], pairs along k side by side as VDPBF16PS wants them;
-/// a CPU without that instruction gets the rounded numbers in fp32.
+/// A matrix M [k,n] cut into panels of P columns, each panel [k][P], the last padded with zero columns, so that a
+/// micro-kernel reads it front to back; P is the micro-kernel's (32 for AVX-512, 16 for AVX2). bf16: [ceil(k/2)][P][2],
+/// pairs along k side by side as VDPBF16PS wants them; a CPU without that instruction gets the rounded numbers in fp32.
 struct LinearWeights::Packed {
-  static constexpr int64_t kPanel = 32;
   at::Tensor panels;  ///< flat, fp32 or bf16
   int64_t k = 0, n = 0;
 };

@@ -8,6 +8,7 @@
 #include "kernels/cpu_kernel.h"
 #include "kernels/linear.h"
 #include "kernels/linear_packed.h"
+#include "kernels/simd/simd.h"
 
 namespace pyra::kernels {
 
@@ -41,16 +42,23 @@ namespace {
 
 /// Writes M [k,n], whose element (i,j) is source[i * row + j * column], as panels; see LinearWeights::Packed.
 template <class T>
-void write_panels(const float* source, int64_t row, int64_t column, int64_t k, int64_t n, T* panels) {
-  constexpr int64_t kPanel = LinearWeights::Packed::kPanel;
+void write_panels(const float* source, int64_t row, int64_t column, int64_t k, int64_t n, int64_t panel, T* panels) {
   constexpr int64_t kGroup = std::is_same_v<T, float> ? 1 : 2;
   const int64_t groups = (k + kGroup - 1) / kGroup;
   for (int64_t j = 0; j < n; ++j) {
-    T* target = panels + j / kPanel * groups * kPanel * kGroup + j % kPanel * kGroup;
+    T* target = panels + j / panel * groups * panel * kGroup + j % panel * kGroup;
     for (int64_t i = 0; i < k; ++i) {
-      target[i / kGroup * kPanel * kGroup + i % kGroup] = T(source[i * row + j * column]);
+      target[i / kGroup * panel * kGroup + i % kGroup] = T(source[i * row + j * column]);
     }
   }
+}
+
+int64_t panel_columns() {
+#if defined(PYRA_SIMD_X86)
+  return simd::micro().panel;
+#else
+  return 1;  // there are no micro-kernels to read panels
+#endif
 }
 
 }  // namespace
@@ -66,15 +74,14 @@ std::shared_ptr<const LinearWeights::Packed> pack(const at::Tensor& weight, at::
   packed->k = transposed ? out : in;
   packed->n = transposed ? in : out;
   const int64_t row = transposed ? in : 1, column = transposed ? 1 : in;
-  const int64_t columns =
-      (packed->n + LinearWeights::Packed::kPanel - 1) / LinearWeights::Packed::kPanel * LinearWeights::Packed::kPanel;
+  const int64_t panel = panel_columns(), columns = (packed->n + panel - 1) / panel * panel;
   const int64_t depth = compute == at::kBFloat16 ? packed->k + packed->k % 2 : packed->k;
   packed->panels = at::zeros({columns * depth}, compute);
   const float* source = master.const_data_ptr<float>();
   if (compute == at::kBFloat16) {
-    write_panels(source, row, column, packed->k, packed->n, packed->panels.data_ptr<at::BFloat16>());
+    write_panels(source, row, column, packed->k, packed->n, panel, packed->panels.data_ptr<at::BFloat16>());
   } else {
-    write_panels(source, row, column, packed->k, packed->n, packed->panels.data_ptr<float>());
+    write_panels(source, row, column, packed->k, packed->n, panel, packed->panels.data_ptr<float>());
   }
   return packed;
 }

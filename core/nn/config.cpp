@@ -111,8 +111,8 @@ VitConfig arch_config(const std::string& name) {
   if (std::regex_match(name, match, pattern)) size = find_size(match[2]);
   if (!size)
     fail(ExitCode::usage, "'", name, "' is not a known architecture", did_you_mean(name, known_archs()),
-         " Known are vit_, deit_ and mae_vit_ names of sizes tiny, small, base, large and huge, as "
-         "vit_base_patch16_224");
+         " (known: vit_, deit_ and mae_vit_ names of sizes tiny, small, base, large and huge, as "
+         "vit_base_patch16_224)");
   VitConfig config;
   config.arch = name;
   config.patch_size = to_number(match[4]);

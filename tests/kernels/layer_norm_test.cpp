@@ -1,6 +1,5 @@
 #include "kernels/layer_norm.h"
 
-#include "kernels/cpu_kernel.h"
 #include "tensors.h"
 
 using namespace pyra;
@@ -73,8 +72,9 @@ TEST_CASE("layer_norm refuses shapes that do not fit", "[kernels][layer_norm]") 
 }
 
 TEST_CASE("layer_norm's lower paths pass the same tests", "[kernels][layer_norm][rerun]") {
-  if (cpu_kernel() == CpuKernel::aten) return;
-  const RunResult result = rerun_with_kernel("aten", "[layer_norm]");
-  INFO(result.out << result.err);
-  CHECK(result.exit_code == 0);
+  for (const std::string& kernel : lower_kernels()) {
+    const RunResult result = rerun_with_kernel(kernel, "[layer_norm]");
+    INFO(kernel << "\n" << result.out << result.err);
+    CHECK(result.exit_code == 0);
+  }
 }

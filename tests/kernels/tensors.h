@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cpu_kernel.h"
 #include "support.h"
 
 namespace pyra::test {
@@ -44,6 +45,12 @@ inline void with_threads(int threads, const std::function<void()>& body) {
 [[nodiscard]] inline std::vector<at::Tensor> gradients_of(const at::Tensor& output, const at::Tensor& cotangent,
                                                           const std::vector<at::Tensor>& inputs) {
   return torch::autograd::grad({output}, inputs, {cotangent});
+}
+
+/// The paths below the one that this process takes, as PYRA_CPU_KERNEL names them.
+[[nodiscard]] inline std::vector<std::string> lower_kernels() {
+  const std::vector<std::string> rising{"aten", "avx2", "avx512"};
+  return {rising.begin(), rising.begin() + std::min<long>(long(kernels::cpu_kernel()), long(rising.size()))};
 }
 
 /// Runs this test program's cases of `tag` again with PYRA_CPU_KERNEL=`kernel`; what it did.

@@ -232,9 +232,10 @@ TEST_CASE("equal programs are called slow in at most one comparison of twenty", 
 }
 
 TEST_CASE("equal programs on a steady machine are called equal", "[bench]") {
-  // Doubting everything would be no gate. 9 rounds are the fewest that bench takes by itself.
+  // Doubting everything would be no gate. 9 rounds are the fewest that bench takes by itself. Of thousands of draws
+  // 94 % of the first row and all of the others are called equal.
   const auto [noise, n, share] =
-      GENERATE(table<double, size_t, double>({{0.002, 5, 0.75}, {0.002, 9, 0.95}, {0.004, 15, 0.9}}));
+      GENERATE(table<double, size_t, double>({{0.002, 5, 0.9}, {0.002, 9, 0.99}, {0.004, 15, 0.99}}));
   CAPTURE(noise, n);
   int equal = 0;
   const int comparisons = 1000;

@@ -38,7 +38,7 @@ void gather(const at::Tensor& source, int64_t first, int64_t stride, const Shape
   const bool bf16 = source.scalar_type() == at::kBFloat16;
   for (int64_t t = 0; t < shape.tokens; ++t, first += stride, target += shape.padded_dim) {
     if (bf16) {
-      simd::widen_avx512(static_cast<const uint16_t*>(source.const_data_ptr()) + first, shape.head_dim, target);
+      simd::micro().widen(static_cast<const uint16_t*>(source.const_data_ptr()) + first, shape.head_dim, target);
     } else {
       std::copy_n(source.const_data_ptr<float>() + first, shape.head_dim, target);
     }
@@ -50,7 +50,7 @@ void scatter(const float* source, const Shape& shape, at::Tensor& target, int64_
   const bool bf16 = target.scalar_type() == at::kBFloat16;
   for (int64_t t = 0; t < shape.tokens; ++t, first += stride, source += shape.padded_dim) {
     if (bf16) {
-      simd::narrow_avx512(source, shape.head_dim, static_cast<uint16_t*>(target.data_ptr()) + first);
+      simd::micro().narrow(source, shape.head_dim, static_cast<uint16_t*>(target.data_ptr()) + first);
     } else {
       std::copy_n(source, shape.head_dim, target.data_ptr<float>() + first);
     }
@@ -72,7 +72,7 @@ void mean_keys(const at::Tensor& qkv, int64_t image, const Shape& shape, float* 
     const int64_t first = (image * shape.tokens + t) * 3 * shape.channels + shape.channels;
     const float* keys = wide;
     if (shape.bf16) {
-      simd::widen_avx512(static_cast<const uint16_t*>(qkv.const_data_ptr()) + first, shape.channels, wide);
+      simd::micro().widen(static_cast<const uint16_t*>(qkv.const_data_ptr()) + first, shape.channels, wide);
     } else {
       keys = qkv.const_data_ptr<float>() + first;
     }
@@ -114,7 +114,7 @@ struct Forward {
       call.stride = 3 * shape.channels;
       call.out = bytes(result.output.out) + out_first * size;
       call.out_stride = shape.channels;
-      native ? simd::attention_avx512_bf16(call) : simd::attention_avx512(call);
+      native ? simd::attention_avx512_bf16(call) : simd::micro().attention(call);
       return;
     }
     for (int64_t i = 0; i < 3; ++i) {
@@ -123,7 +123,7 @@ struct Forward {
     call.q = gathered, call.k = gathered + count, call.v = gathered + 2 * count;
     call.out = gathered + 3 * count;
     call.stride = call.out_stride = shape.padded_dim;
-    simd::attention_avx512(call);
+    simd::micro().attention(call);
     scatter(gathered + 3 * count, shape, result.output.out, out_first, shape.channels);
   }
 };
@@ -196,7 +196,7 @@ at::Tensor attention_backward_simd(const AttentionBackward& saved) {
         call.dout = saved.dout.const_data_ptr<float>() + out_first;
         call.stride = 3 * shape.channels;
         call.out_stride = shape.channels;
-        simd::attention_backward_avx512(call);
+        simd::micro().attention_backward(call);
         continue;
       }
       float* wide = gathered.data_ptr<float>();
@@ -207,7 +207,7 @@ at::Tensor attention_backward_simd(const AttentionBackward& saved) {
       call.q = wide, call.k = wide + count, call.v = wide + 2 * count, call.dout = wide + 3 * count;
       call.dq = wide + 4 * count, call.dk = wide + 5 * count, call.dv = wide + 6 * count;
       call.stride = call.out_stride = shape.padded_dim;
-      simd::attention_backward_avx512(call);
+      simd::micro().attention_backward(call);
       for (int64_t i = 0; i < 3; ++i) {
         scatter(wide + (4 + i) * count, shape, dqkv, first + i * shape.channels, 3 * shape.channels);
       }

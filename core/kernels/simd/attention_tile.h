@@ -1,11 +1,11 @@
-// Attention of one head forward, for one type of input; attention_avx512.cpp and attention_avx512_bf16.cpp compile it.
+// Attention of one head forward, for one type of input.
 //
-// Keys are transposed once into panels. Then, for each tile of 12 queries: logits (tile x keys) against the panels,
+// Keys are transposed once into panels. Then, for each tile of queries: logits (tile x keys) against the panels,
 // softmax in place while they lie in the first-level cache, and the product with the values, divided by the row's
 // sum on the way out. Probabilities of bf16 are rounded to bf16 for that product, their sums are not.
 #pragma once
-#include "kernels/simd/tile_avx512.h"
-#include "kernels/simd/transpose_avx512.h"
+#include "kernels/simd/tile.h"
+#include "kernels/simd/transpose.h"
 
 namespace pyra::kernels::simd {
 namespace {
@@ -19,13 +19,13 @@ PYRA_INLINE void query_logits(const Q* q, int64_t stride, const K* panels, int64
   const int64_t depth = sizeof(Q) == 2 ? head_dim / 2 : head_dim;
   for (int64_t key = 0; key < tokens; key += kPanel) {
     const K* panel = panels + key * depth;
-    if (tokens - key > 16) {
-      __m512 sum[M][2];
+    if (tokens - key > kLanes) {
+      Vector sum[M][2];
       clear(sum);
       multiply_add(q, stride, panel, kPanel, head_dim, sum);
       store_tile(logits + key, padded, sum);
     } else {
-      __m512 sum[M][1];
+      Vector sum[M][1];
       clear(sum);
       multiply_add(q, stride, panel, kPanel, head_dim, sum);
       store_tile(logits + key, padded, sum);
@@ -35,46 +35,46 @@ PYRA_INLINE void query_logits(const Q* q, int64_t stride, const K* panels, int64
 
 /// The base-2 logits of a row, scaled and biased in place; returns their maximum.
 PYRA_INLINE float scale_logits(float* row, const float* bias, float scale, int64_t tokens) {
-  __m512 largest = broadcast(-__builtin_inff());
-  for (int64_t j = 0; j < tokens; j += 16) {
-    const __m512 logit = _mm512_fmadd_ps(_mm512_loadu_ps(row + j), broadcast(scale), _mm512_loadu_ps(bias + j));
-    _mm512_storeu_ps(row + j, logit);
-    largest = _mm512_max_ps(largest, logit);
+  Vector largest = broadcast(-__builtin_inff());
+  for (int64_t j = 0; j < tokens; j += kLanes) {
+    const Vector logit = fmadd(load(row + j), broadcast(scale), load(bias + j));
+    store(row + j, logit);
+    largest = larger(largest, logit);
   }
-  return _mm512_reduce_max_ps(largest);
+  return largest_of(largest);
 }
 
-PYRA_INLINE void put_probabilities(float* target, int64_t j, __m512 p) {
-  _mm512_storeu_ps(target + j, p);
+PYRA_INLINE void put_probabilities(float* target, int64_t j, Vector p) {
+  store(target + j, p);
 }
-PYRA_INLINE void put_probabilities(uint16_t* target, int64_t j, __m512 p) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + j), narrow(p));
+PYRA_INLINE void put_probabilities(uint16_t* target, int64_t j, Vector p) {
+  store_bf16(target + j, p);
 }
 
 /// 2^(logit - largest) of a row to `target`; returns their sum.
 template <class P>
 PYRA_INLINE float exponentials(const float* row, float largest, int64_t tokens, P* target) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t j = 0; j < tokens; j += 16) {
-    const __m512 shifted = _mm512_sub_ps(_mm512_loadu_ps(row + j), broadcast(largest));
-    const __m512 p = sizeof(P) == 2 ? exp2_coarse(shifted) : exp2_of(shifted);
-    sum = _mm512_add_ps(sum, p);
+  Vector sum = zero();
+  for (int64_t j = 0; j < tokens; j += kLanes) {
+    const Vector shifted = subtract(load(row + j), broadcast(largest));
+    const Vector p = sizeof(P) == 2 ? exp2_coarse(shifted) : exp2_of(shifted);
+    sum = add(sum, p);
     put_probabilities(target, j, p);
   }
-  return _mm512_reduce_add_ps(sum);
+  return sum_of(sum);
 }
 
 template <int M, int NV, class P, class V>
 PYRA_INLINE void weigh_values(const P* p, int64_t padded, const V* v, int64_t v_stride, int64_t tokens,
                               const float* inverse, P* out, int64_t out_stride) {
-  __m512 sum[M][NV];
+  Vector sum[M][NV];
   clear(sum);
   multiply_add(p, padded, v, v_stride, tokens, sum);
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
     for (int i = 0; i < NV; ++i) {
-      put_probabilities(out + m * out_stride, 16 * i, _mm512_mul_ps(sum[m][i], broadcast(inverse[m])));
+      put_probabilities(out + m * out_stride, kLanes * i, multiply(sum[m][i], broadcast(inverse[m])));
     }
   }
 }
@@ -105,7 +105,7 @@ struct QueryTile {
     }
     Q* out = static_cast<Q*>(call.out) + row * call.out_stride;
     for (int64_t d = 0; d < call.head_dim; d += kPanel) {
-      if (call.head_dim - d > 16) {
+      if (call.head_dim - d > kLanes) {
         weigh_values<M, 2>(probabilities, padded, values + d, value_stride, call.tokens, inverse, out + d,
                            call.out_stride);
       } else {
@@ -117,10 +117,10 @@ struct QueryTile {
 
   /// From the logits where they are still there: probabilities of bf16 are rounded already.
   void write_class_row(float largest, float inverse) const {
-    for (int64_t j = 0; j < call.tokens; j += 16) {
-      __m512 p = _mm512_loadu_ps(logits + j);
-      if constexpr (sizeof(Q) == 2) p = exp2_coarse(_mm512_sub_ps(p, broadcast(largest)));
-      _mm512_mask_storeu_ps(call.class_row + j, lanes(j, call.tokens), _mm512_mul_ps(p, broadcast(inverse)));
+    for (int64_t j = 0; j < call.tokens; j += kLanes) {
+      Vector p = load(logits + j);
+      if constexpr (sizeof(Q) == 2) p = exp2_coarse(subtract(p, broadcast(largest)));
+      store(call.class_row + j, lanes(j, call.tokens), multiply(p, broadcast(inverse)));
     }
   }
 };

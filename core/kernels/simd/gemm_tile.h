@@ -1,51 +1,49 @@
-// A linear layer on rows, for one type of input; gemm_avx512.cpp and gemm_avx512_bf16.cpp compile it.
+// A linear layer on rows, for one type of input.
 //
 // Order: tile of rows by tile of rows, and for each all panels. So x, residual and y go by once, from front to back,
 // while the packed weights come from the second-level cache again and again (128 bytes per 24 multiply-adds). Panel by
 // panel with a chunk of rows in the cache lost 3 to 6 % of fp32 on ViT-Ti's shapes. What a tile will need is
 // prefetched: 3 % on wide layers, 10 % on the narrow projection, whose rows come from the third-level cache.
 #pragma once
-#include "kernels/simd/tile_avx512.h"
+#include "kernels/simd/tile.h"
 
 namespace pyra::kernels::simd {
 namespace {
 
-/// Bias, GELU, row scale, residual and the store of a finished tile [M, 16 vectors] that lies in the cache.
+/// Bias, GELU, row scale, residual and the store of a finished tile [M, kPanel] that lies in the cache.
 template <bool kGelu>
 void finish(const GemmCall& call, const float* tile, int64_t row, int64_t rows, int64_t column, int vectors) {
   for (int v = 0; v < vectors; ++v) {
-    const int64_t first = column + 16 * v;
-    const __mmask16 mask = lanes(first, call.n);
-    const __m512 bias = call.bias ? _mm512_maskz_loadu_ps(mask, call.bias + first) : _mm512_setzero_ps();
+    const int64_t first = column + kLanes * v;
+    const Lanes mask = lanes(first, call.n);
+    const Vector bias = call.bias ? load(call.bias + first, mask) : zero();
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t index = (row + m) * call.n + first;
-      __m512 y = _mm512_add_ps(_mm512_load_ps(tile + m * kPanel + 16 * v), bias);
+      Vector y = add(load(tile + m * kPanel + kLanes * v), bias);
       if constexpr (kGelu) {
         if (call.slope) {
-          __m512 slope;
+          Vector slope;
           y = gelu_with_slope(y, slope);
-          _mm512_mask_storeu_ps(call.slope + index, mask, slope);
+          store(call.slope + index, mask, slope);
         } else {
           y = call.y_bf16 ? gelu_coarse(y) : gelu(y);
         }
       }
-      if (call.row_scale) y = _mm512_mul_ps(y, broadcast(call.row_scale[row + m]));
-      if (call.residual) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, call.residual + index));
+      if (call.row_scale) y = multiply(y, broadcast(call.row_scale[row + m]));
+      if (call.residual) y = add(y, load(call.residual + index, mask));
       store_any(call.y, call.y_bf16, index, mask, y);
     }
   }
 }
 
 template <int M, int NV>
-PYRA_INLINE void keep_some(const GemmCall& call, int64_t row, int64_t column, __m512 (&sum)[M][NV]) {
+PYRA_INLINE void keep_some(const GemmCall& call, int64_t row, int64_t column, Vector (&sum)[M][NV]) {
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
     const uint8_t* bits = call.keep + (row + m) * call.keep_stride + column / 8;
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      uint16_t mask;
-      __builtin_memcpy(&mask, bits + 2 * v, sizeof mask);
-      sum[m][v] = _mm512_maskz_mul_ps(mask, sum[m][v], broadcast(call.keep_scale));
+      sum[m][v] = where_set(bits + kLanes / 8 * v, multiply(sum[m][v], broadcast(call.keep_scale)));
     }
   }
 }
@@ -56,7 +54,7 @@ PYRA_INLINE void prefetch_tile(const void* base, int64_t size, int64_t n, int64_
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
     _mm_prefetch(first + m * n * size, _MM_HINT_T0);
-    if (size == 4) _mm_prefetch(first + m * n * size + 64, _MM_HINT_T0);
+    if (size * kPanel > 64) _mm_prefetch(first + m * n * size + 64, _MM_HINT_T0);
   }
 }
 
@@ -65,7 +63,7 @@ void compute_tile(const GemmCall& call, const W* panel, const float* low_panel, 
   alignas(64) float tile[M * kPanel];
   prefetch_tile<M>(call.y, call.y_bf16 ? 2 : 4, call.n, row, column);
   if (call.residual) prefetch_tile<M>(call.residual, 4, call.n, row, column);
-  __m512 sum[M][NV];
+  Vector sum[M][NV];
   clear(sum);
   if (call.rank) {
     multiply_add(call.hidden + row * call.rank, call.rank, low_panel, kPanel, call.rank, sum);
@@ -88,7 +86,7 @@ struct RowTile {
       const W* panel = static_cast<const W*>(call.panels) + p * kPanel * depth;
       const float* low_panel = call.rank ? call.low_panels + p * kPanel * call.rank : nullptr;
       prefetch_next_rows<M>(row, p, panels);
-      if (call.n - p * kPanel > 16) {
+      if (call.n - p * kPanel > kLanes) {
         compute_tile<X, W, M, 2>(call, panel, low_panel, row, p * kPanel);
       } else {
         compute_tile<X, W, M, 1>(call, panel, low_panel, row, p * kPanel);

@@ -32,7 +32,7 @@ LayerNormForward layer_norm_forward_simd(const at::Tensor& x, const at::Tensor& 
         call.mean = result.mean.data_ptr<float>() + first;
         call.rstd = result.rstd.data_ptr<float>() + first;
       }
-      simd::layer_norm_avx512(call, std::min(kBlockRows, rows - first));
+      simd::micro().layer_norm(call, std::min(kBlockRows, rows - first));
     }
   });
   return result;
@@ -60,7 +60,7 @@ LayerNormGradients layer_norm_backward_simd(const LayerNormBackward& saved, cons
       if (wanted.x) call.dx = result.x.data_ptr<float>() + first * c;
       if (wanted.weight) call.dweight = sums.data_ptr<float>() + group * 2 * c;
       if (wanted.bias) call.dbias = sums.data_ptr<float>() + (group * 2 + 1) * c;
-      simd::layer_norm_backward_avx512(call, end - first);
+      simd::micro().layer_norm_backward(call, end - first);
     }
   });
   if (sums_wanted) {

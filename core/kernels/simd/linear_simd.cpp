@@ -44,7 +44,7 @@ bool native_bf16(at::ScalarType compute) {
 }
 
 void run_gemm(bool native, const simd::GemmCall& call, int64_t rows) {
-  native ? simd::gemm_avx512_bf16(call, rows) : simd::gemm_avx512(call, rows);
+  native ? simd::gemm_avx512_bf16(call, rows) : simd::micro().gemm(call, rows);
 }
 
 simd::GemmCall gemm_call(const void* x, const LinearWeights::Packed& weights, void* y, bool y_bf16) {
@@ -76,7 +76,7 @@ class Mask {
     return std::vector<uint8_t>(size_t(rows * stride() + 1));
   }
   void fill(int64_t first, int64_t rows, std::vector<uint8_t>& bits) const {
-    simd::dropout_bits_avx512(state_, uint64_t(first * stride()), rows * stride(), threshold_, bits.data());
+    simd::micro().dropout_bits(state_, uint64_t(first * stride()), rows * stride(), threshold_, bits.data());
   }
 
  private:
@@ -93,9 +93,9 @@ const float* chunk_input(const at::Tensor& x, int64_t first, int64_t rows, const
   const int64_t in = x.size(1);
   const bool bf16 = x.scalar_type() == at::kBFloat16;
   if (mask.active()) {
-    simd::mask_avx512(at_index(x, first * in), bf16, bits.data(), mask.scale(), rows * in, wide.data_ptr<float>());
+    simd::micro().mask(at_index(x, first * in), bf16, bits.data(), mask.scale(), rows * in, wide.data_ptr<float>());
   } else if (bf16) {
-    simd::widen_avx512(halves(x) + first * in, rows * in, wide.data_ptr<float>());
+    simd::micro().widen(halves(x) + first * in, rows * in, wide.data_ptr<float>());
   } else {
     return floats(x) + first * in;
   }
@@ -138,7 +138,7 @@ LinearForward linear_forward_simd(const at::Tensor& x, const LinearWeights& laye
       const int64_t first = chunk * kChunkRows, count = std::min(kChunkRows, rows - first);
       const void* input = at_index(x, first * in);
       if (wide_main) {
-        simd::widen_avx512(halves(x) + first * in, count * in, widened.data_ptr<float>());
+        simd::micro().widen(halves(x) + first * in, count * in, widened.data_ptr<float>());
         input = floats(widened);
       }
       simd::GemmCall call =
@@ -146,7 +146,7 @@ LinearForward linear_forward_simd(const at::Tensor& x, const LinearWeights& laye
       if (low_rank) {
         float* hidden = keep ? result.hidden.data_ptr<float>() + first * rank : hidden_chunk.data_ptr<float>();
         if (mask.active()) mask.fill(first, count, bits);
-        simd::gemm_avx512(gemm_call(chunk_input(x, first, count, mask, bits, wide), *a, hidden, false), count);
+        simd::micro().gemm(gemm_call(chunk_input(x, first, count, mask, bits, wide), *a, hidden, false), count);
         call.hidden = hidden;
         call.rank = rank;
         call.low_panels = floats(b->panels);
@@ -237,29 +237,29 @@ void Backward::chunk(int64_t first, int64_t count, float* sums, Scratch& scratch
   const float* dz = nullptr;
   if (wide_ && (scaled_ || dy_bf16_)) {
     float* target = dz_.defined() ? dz_.data_ptr<float>() + first * out_ : scratch.dz.data_ptr<float>();
-    simd::scale_rows_avx512(at_index(saved_.dy, first * out_), dy_bf16_,
-                            saved_.slope.defined() ? floats(saved_.slope) + first * out_ : nullptr,
-                            row_scale_.defined() ? floats(row_scale_) + first : nullptr, count, out_, target);
+    simd::micro().scale_rows(at_index(saved_.dy, first * out_), dy_bf16_,
+                             saved_.slope.defined() ? floats(saved_.slope) + first * out_ : nullptr,
+                             row_scale_.defined() ? floats(row_scale_) + first : nullptr, count, out_, target);
     dz = target;
   } else if (!dy_bf16_) {
     dz = floats(saved_.dy) + first * out_;
   }
   if (mask_.active() && low_rank_) mask_.fill(first, count, scratch.bits);
   if (low_rank_) low_rank_sums(first, count, dz, sums, scratch);
-  if (wanted_.bias) simd::add_columns_avx512(dz, count, out_, sums + rank_ * (in_ + out_));
+  if (wanted_.bias) simd::micro().add_columns(dz, count, out_, sums + rank_ * (in_ + out_));
   if (wanted_.x) input_gradient(first, count, dz, scratch);
 }
 
 void Backward::low_rank_sums(int64_t first, int64_t count, const float* dz, float* sums, Scratch& scratch) {
   if (wanted_.x || wanted_.a) {
-    simd::gemm_avx512(gemm_call(dz, *b_, scratch.dhidden.data_ptr<float>(), false), count);
+    simd::micro().gemm(gemm_call(dz, *b_, scratch.dhidden.data_ptr<float>(), false), count);
   }
   if (wanted_.a) {
     const float* input = chunk_input(saved_.x, first, count, mask_, scratch.bits, scratch.input);
-    simd::add_outer_avx512(floats(scratch.dhidden), input, count, rank_, in_, sums);
+    simd::micro().add_outer(floats(scratch.dhidden), input, count, rank_, in_, sums);
   }
   if (wanted_.b) {
-    simd::add_outer_avx512(floats(saved_.hidden) + first * rank_, dz, count, rank_, out_, sums + rank_ * in_);
+    simd::micro().add_outer(floats(saved_.hidden) + first * rank_, dz, count, rank_, out_, sums + rank_ * in_);
   }
 }
 
@@ -267,7 +267,7 @@ void Backward::input_gradient(int64_t first, int64_t count, const float* dz, Scr
   const void* input = dz;
   if (native_ && scratch.narrow.defined()) {
     auto* narrow = static_cast<uint16_t*>(scratch.narrow.data_ptr());
-    simd::narrow_avx512(dz, count * out_, narrow);
+    simd::micro().narrow(dz, count * out_, narrow);
     input = narrow;
   } else if (native_) {
     input = at_index(saved_.dy, first * out_);

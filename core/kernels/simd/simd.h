@@ -1,14 +1,13 @@
 // The micro-kernels' interface: plain pointers, one thread, no allocation. Row-major; strides count elements.
-// bf16 stands as uint16_t. Every function of a file named *_avx512 needs CpuKernel::avx512, *_avx512_bf16 that one.
+// bf16 stands as uint16_t. Callers are ordinary C++; the functions are compiled per instruction set from one source
+// (micro_*.cpp) and reached through micro().
 #pragma once
 #include <cstdint>
 
 namespace pyra::kernels::simd {
 
-/// Columns of a panel; see LinearWeights::Packed.
-inline constexpr int64_t kPanel = 32;
-/// Rows of a register tile: 12 x 2 accumulators, two columns and a broadcast fit the 32 registers.
-inline constexpr int64_t kTileRows = 12;
+/// The widest panel and the highest register tile of all instruction sets, for the size of buffers.
+inline constexpr int64_t kWidestPanel = 32, kHighestTile = 12;
 
 /// y = x · panels + low-rank term, then bias, GELU, row_scale, residual: the layer on `rows` rows.
 struct GemmCall {
@@ -20,7 +19,7 @@ struct GemmCall {
   const float* hidden = nullptr;
   int64_t rank = 0;
   const float* low_panels = nullptr;
-  const uint8_t* keep = nullptr;  ///< bits [rows,n]: low-rank sums times keep_scale where 1, else 0
+  const uint8_t* keep = nullptr;  ///< bits [rows,n] and a byte more: low-rank sums times keep_scale where 1, else 0
   int64_t keep_stride = 0;        ///< bytes a row
   float keep_scale = 1.0f;
   const float* bias = nullptr;  ///< [n]
@@ -31,9 +30,6 @@ struct GemmCall {
   void* y = nullptr;                 ///< [rows,n], fp32 or bf16
   bool y_bf16 = false;
 };
-
-void gemm_avx512(const GemmCall& call, int64_t rows);
-void gemm_avx512_bf16(const GemmCall& call, int64_t rows);
 
 /// One head of one image: out = softmax(scale q kᵀ + bias) v. q, k and v [tokens,head_dim], rows `stride` apart.
 struct AttentionCall {
@@ -60,26 +56,22 @@ struct AttentionBackwardCall {
 
 /// Makes a padding key's probability 0, yet is finite.
 inline constexpr float kPaddingBias = -1e30f;
-/// Tokens rounded up to whole panels.
+/// Tokens rounded up to whole panels of any width.
 static constexpr int64_t padded_tokens(int64_t tokens) {
-  return (tokens + kPanel - 1) / kPanel * kPanel;
+  return (tokens + kWidestPanel - 1) / kWidestPanel * kWidestPanel;
 }
 /// Queries that backward takes at a time, so that their probabilities stay in a core's cache.
 inline constexpr int64_t kQueryBlock = 252;
 
 static constexpr int64_t attention_scratch(int64_t tokens, int64_t head_dim) {
   // Keys transposed, values (packed in bf16), logits and probabilities of one tile of queries.
-  return 4 * (2 * padded_tokens(tokens) * head_dim + 2 * kTileRows * padded_tokens(tokens));
+  return 4 * (2 * padded_tokens(tokens) * head_dim + 2 * kHighestTile * padded_tokens(tokens));
 }
 static constexpr int64_t attention_backward_scratch(int64_t tokens, int64_t head_dim) {
   // Keys and values transposed, probabilities and their gradients of one block of queries.
   const int64_t block = tokens < kQueryBlock ? tokens : kQueryBlock;
   return 4 * (2 * padded_tokens(tokens) * head_dim + 2 * block * padded_tokens(tokens));
 }
-
-void attention_avx512(const AttentionCall& call);
-void attention_avx512_bf16(const AttentionCall& call);
-void attention_backward_avx512(const AttentionBackwardCall& call);
 
 /// x [rows,c] fp32 -> y fp32 or bf16; mean and rstd [rows], or null.
 struct LayerNormCall {
@@ -90,7 +82,6 @@ struct LayerNormCall {
   bool y_bf16 = false;
   float *mean = nullptr, *rstd = nullptr;
 };
-void layer_norm_avx512(const LayerNormCall& call, int64_t rows);
 
 struct LayerNormBackwardCall {
   const void* dy = nullptr;  ///< fp32 or bf16
@@ -100,27 +91,43 @@ struct LayerNormBackwardCall {
   float* dx = nullptr;                         ///< or null
   float *dweight = nullptr, *dbias = nullptr;  ///< [c] each, added to; or null
 };
-void layer_norm_backward_avx512(const LayerNormBackwardCall& call, int64_t rows);
-
-/// out = x as fp32.
-void widen_avx512(const uint16_t* x, int64_t count, float* out);
-/// out = x rounded to nearest even.
-void narrow_avx512(const float* x, int64_t count, uint16_t* out);
-/// out [rows,n] = dy * slope * row_scale; slope and row_scale may be null.
-void scale_rows_avx512(const void* dy, bool dy_bf16, const float* slope, const float* row_scale, int64_t rows,
-                       int64_t n, float* out);
-/// sums [m,n] += tᵀ z with t [rows,m], z [rows,n].
-void add_outer_avx512(const float* t, const float* z, int64_t rows, int64_t m, int64_t n, float* sums);
-/// sums [n] += column sums of z [rows,n].
-void add_columns_avx512(const float* z, int64_t rows, int64_t n, float* sums);
-
 /// Philox's state: key and the upper half of the counter.
 struct PhiloxState {
   uint32_t key[2], high[2];
 };
-/// Bits of `blocks` Philox blocks from `first` on, a byte a block: bit i is set if half-word i >= threshold.
-void dropout_bits_avx512(const PhiloxState& random, uint64_t first, int64_t blocks, uint32_t threshold, uint8_t* bits);
-/// out = x * scale where the bit is set, else 0; x fp32 or bf16.
-void mask_avx512(const void* x, bool x_bf16, const uint8_t* bits, float scale, int64_t count, float* out);
+/// One instruction set's functions.
+struct MicroKernels {
+  int64_t panel;  ///< columns of a panel; see LinearWeights::Packed
+  void (*gemm)(const GemmCall& call, int64_t rows);
+  void (*attention)(const AttentionCall& call);
+  void (*attention_backward)(const AttentionBackwardCall& call);
+  void (*layer_norm)(const LayerNormCall& call, int64_t rows);
+  void (*layer_norm_backward)(const LayerNormBackwardCall& call, int64_t rows);
+  /// out = x as fp32.
+  void (*widen)(const uint16_t* x, int64_t count, float* out);
+  /// out = x rounded to nearest even.
+  void (*narrow)(const float* x, int64_t count, uint16_t* out);
+  /// out [rows,n] = dy * slope * row_scale; slope and row_scale may be null.
+  void (*scale_rows)(const void* dy, bool dy_bf16, const float* slope, const float* row_scale, int64_t rows, int64_t n,
+                     float* out);
+  /// sums [m,n] += tᵀ z with t [rows,m], z [rows,n].
+  void (*add_outer)(const float* t, const float* z, int64_t rows, int64_t m, int64_t n, float* sums);
+  /// sums [n] += column sums of z [rows,n].
+  void (*add_columns)(const float* z, int64_t rows, int64_t n, float* sums);
+  /// Bits of `blocks` Philox blocks from `first` on, a byte a block: bit i is set if half-word i >= threshold.
+  void (*dropout_bits)(const PhiloxState& random, uint64_t first, int64_t blocks, uint32_t threshold, uint8_t* bits);
+  /// out = x * scale where the bit is set, else 0; x fp32 or bf16; bits have a byte more than count / 8.
+  void (*mask)(const void* x, bool x_bf16, const uint8_t* bits, float scale, int64_t count, float* out);
+};
+
+extern const MicroKernels kAvx2;    // needs CpuKernel::avx2
+extern const MicroKernels kAvx512;  // needs CpuKernel::avx512
+
+/// Those that cpu_kernel() chose, which must not be CpuKernel::aten.
+const MicroKernels& micro();
+
+/// In bf16 throughout; need CpuKernel::avx512_bf16 and its panels.
+void gemm_avx512_bf16(const GemmCall& call, int64_t rows);
+void attention_avx512_bf16(const AttentionCall& call);
 
 }  // namespace pyra::kernels::simd

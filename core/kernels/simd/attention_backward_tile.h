@@ -1,3 +1,5 @@
+// Attention of one head backward, fp32; and forward in fp32.
+#pragma once
 #include "kernels/simd/attention_tile.h"
 
 namespace pyra::kernels::simd {
@@ -20,7 +22,7 @@ struct BlockTile {
     for (int m = 0; m < M; ++m) logit_gradients(p + m * padded, g + m * padded, call.log_sum[first + row + m]);
     float* dq = call.dq + (first + row) * call.stride;
     for (int64_t d = 0; d < call.head_dim; d += kPanel) {
-      if (call.head_dim - d > 16) {
+      if (call.head_dim - d > kLanes) {
         multiply_store<M, 2>(g, call.k + d, dq + d);
       } else {
         multiply_store<M, 1>(g, call.k + d, dq + d);
@@ -30,7 +32,7 @@ struct BlockTile {
 
   template <int M, int NV>
   PYRA_INLINE void multiply_store(const float* g, const float* k, float* dq) const {
-    __m512 sum[M][NV];
+    Vector sum[M][NV];
     clear(sum);
     multiply_add(g, padded, k, call.stride, call.tokens, sum);
     store_tile(dq, call.stride, sum);
@@ -38,18 +40,18 @@ struct BlockTile {
 
   /// One row: p = exp(logit - log_sum); g = scale p (g - p·g), from dL/dp to dL/d(q·k).
   void logit_gradients(float* p, float* g, float log_sum) const {
-    const __m512 shift = broadcast(-log_sum * kLog2E), scale = broadcast(call.scale * kLog2E);
-    __m512 dot = _mm512_setzero_ps();
-    for (int64_t j = 0; j < call.tokens; j += 16) {
-      const __m512 logit = _mm512_fmadd_ps(_mm512_loadu_ps(p + j), scale, _mm512_loadu_ps(call.bias + j));
-      const __m512 probability = exp2_of(_mm512_add_ps(logit, shift));
-      _mm512_storeu_ps(p + j, probability);
-      dot = _mm512_fmadd_ps(probability, _mm512_loadu_ps(g + j), dot);
+    const Vector shift = broadcast(-log_sum * kLog2E), scale = broadcast(call.scale * kLog2E);
+    Vector dot = zero();
+    for (int64_t j = 0; j < call.tokens; j += kLanes) {
+      const Vector logit = fmadd(load(p + j), scale, load(call.bias + j));
+      const Vector probability = exp2_of(add(logit, shift));
+      store(p + j, probability);
+      dot = fmadd(probability, load(g + j), dot);
     }
-    const __m512 mean = broadcast(_mm512_reduce_add_ps(dot));
-    for (int64_t j = 0; j < call.tokens; j += 16) {
-      const __m512 probability = _mm512_mul_ps(_mm512_loadu_ps(p + j), broadcast(call.scale));
-      _mm512_storeu_ps(g + j, _mm512_mul_ps(probability, _mm512_sub_ps(_mm512_loadu_ps(g + j), mean)));
+    const Vector mean = broadcast(sum_of(dot));
+    for (int64_t j = 0; j < call.tokens; j += kLanes) {
+      const Vector probability = multiply(load(p + j), broadcast(call.scale));
+      store(g + j, multiply(probability, subtract(load(g + j), mean)));
     }
   }
 };
@@ -67,7 +69,7 @@ struct KeyTile {
   template <int M>
   void run(int64_t key) const {
     for (int64_t d = 0; d < head_dim; d += kPanel) {
-      if (head_dim - d > 16) {
+      if (head_dim - d > kLanes) {
         columns<M, 2>(key, d);
       } else {
         columns<M, 1>(key, d);
@@ -77,7 +79,7 @@ struct KeyTile {
 
   template <int M, int NV>
   PYRA_INLINE void columns(int64_t key, int64_t d) const {
-    __m512 sum[M][NV];
+    Vector sum[M][NV];
     float* to = target + key * target_stride + d;
     if (add) {
       load_tile(to, target_stride, sum);
@@ -89,26 +91,24 @@ struct KeyTile {
   }
 };
 
-}  // namespace
-
-void attention_avx512(const AttentionCall& call) {
+void attention(const AttentionCall& call) {
   const int64_t padded = padded_tokens(call.tokens);
   auto* keys = reinterpret_cast<float*>(call.scratch);
   float* logits = keys + 2 * padded * call.head_dim;
-  transpose_to_panels(call.k, call.stride * 4, call.tokens, call.head_dim, reinterpret_cast<uint32_t*>(keys));
+  transpose_to_panels(call.k, call.stride * 4, call.tokens, call.head_dim, keys);
   for_row_tiles(call.tokens, QueryTile<float, float>{call, keys, static_cast<const float*>(call.v), call.stride, logits,
                                                      logits, padded});
 }
 
-void attention_backward_avx512(const AttentionBackwardCall& call) {
+void attention_backward(const AttentionBackwardCall& call) {
   const int64_t padded = padded_tokens(call.tokens), panels = padded * call.head_dim;
   auto* keys = reinterpret_cast<float*>(call.scratch);
   float* values = keys + panels;
   float* probabilities = values + panels;
   const int64_t block = call.tokens < kQueryBlock ? call.tokens : kQueryBlock;
   float* gradients = probabilities + block * padded;
-  transpose_to_panels(call.k, call.stride * 4, call.tokens, call.head_dim, reinterpret_cast<uint32_t*>(keys));
-  transpose_to_panels(call.v, call.stride * 4, call.tokens, call.head_dim, reinterpret_cast<uint32_t*>(values));
+  transpose_to_panels(call.k, call.stride * 4, call.tokens, call.head_dim, keys);
+  transpose_to_panels(call.v, call.stride * 4, call.tokens, call.head_dim, values);
   for (int64_t first = 0; first < call.tokens; first += kQueryBlock) {
     const int64_t queries = call.tokens - first < kQueryBlock ? call.tokens - first : kQueryBlock;
     for_row_tiles(queries, BlockTile{call, keys, values, probabilities, gradients, first, padded});
@@ -120,4 +120,5 @@ void attention_backward_avx512(const AttentionBackwardCall& call) {
   }
 }
 
+}  // namespace
 }  // namespace pyra::kernels::simd

@@ -1,4 +1,8 @@
+// The micro-kernels that multiply pairs of bf16, VDPBF16PS.
+#include "kernels/simd/vector_avx512.h"
+// The vector comes first: all else is written in it.
 #include "kernels/simd/attention_tile.h"
+#include "kernels/simd/gemm_tile.h"
 
 namespace pyra::kernels::simd {
 namespace {
@@ -20,13 +24,17 @@ void pair_values(const uint16_t* v, int64_t stride, int64_t tokens, int64_t head
 
 }  // namespace
 
+void gemm_avx512_bf16(const GemmCall& call, int64_t rows) {
+  gemm<uint16_t, uint32_t>(call, rows);
+}
+
 void attention_avx512_bf16(const AttentionCall& call) {
   const int64_t padded = padded_tokens(call.tokens);
   auto* keys = reinterpret_cast<uint32_t*>(call.scratch);
   uint32_t* values = keys + padded * call.head_dim / 2;
   auto* logits = reinterpret_cast<float*>(call.scratch) + 2 * padded * call.head_dim;
   auto* probabilities = reinterpret_cast<uint16_t*>(logits + kTileRows * padded);
-  transpose_to_panels(call.k, call.stride * 2, call.tokens, call.head_dim / 2, keys);
+  transpose_to_panels(call.k, call.stride * 2, call.tokens, call.head_dim / 2, reinterpret_cast<float*>(keys));
   pair_values(static_cast<const uint16_t*>(call.v), call.stride, call.tokens, call.head_dim, values);
   for_row_tiles(call.tokens,
                 QueryTile<uint16_t, uint32_t>{call, keys, values, call.head_dim, logits, probabilities, padded});
