@@ -50,6 +50,19 @@ void print_table(std::ostream& out, const std::vector<std::vector<std::string>>&
   }
 }
 
+void print_profile(std::ostream& out, const tasks::BenchRow& row) {
+  if (row.profile.empty()) return;
+  double all = 0;
+  for (const engine::Stage& stage : row.profile) all += stage.ms;
+  std::vector<std::vector<std::string>> lines{
+      {row.name + ", each step alone", "calls", "us", "share", "GB/s", "TFLOP/s"}};
+  for (const engine::Stage& stage : row.profile)
+    lines.push_back({"  " + stage.name, std::to_string(stage.calls), rate(stage.ms * 1e3),
+                     percent(stage.ms / all, false), rate(stage.bytes / stage.ms * 1e-6),
+                     stage.operations > 0 ? rate(stage.operations / stage.ms * 1e-9) : ""});
+  print_table(out, lines);
+}
+
 void print_report(std::ostream& out, const tasks::BenchReport& report) {
   const tasks::BenchMachine& machine = report.machine;
   out << machine.cpu_model << ", " << machine.threads << " threads, " << machine.micro_kernel << " kernels, LibTorch "
@@ -69,6 +82,7 @@ void print_report(std::ostream& out, const tasks::BenchReport& report) {
     slower |= row.slower_than_dense;
   }
   print_table(out, lines);
+  for (const tasks::BenchRow& row : report.rows) print_profile(out, row);
   out << "medians of " << report.rows.front().real_ms.size() << " interleaved repetitions; MACs of one image\n";
   if (slower) out << "A merge that is slower than the dense model costs accuracy and buys nothing here.\n";
 }
@@ -186,6 +200,7 @@ void add_how(CLI::App& command, tasks::BenchSettings& settings) {
       ->type_name("S")
       ->check(CLI::Range(1e-3, 86400.0))
       ->capture_default_str();
+  command.add_flag("--profile", settings.profile, "On a GPU: where a forward pass spends its time, step by step");
   command
       .add_option("--warmup", settings.warmup, "Iterations of each row before the first round (default: until stable)")
       ->type_name("N")

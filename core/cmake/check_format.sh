@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 
 tool=$(command -v clang-format-14 || command -v clang-format || true)
 [ -n "$tool" ] || { echo "check-format: clang-format is missing: apt-get install clang-format" >&2; exit 2; }
-mapfile -t files < <(git ls-files --cached --others --exclude-standard -- '*.cpp' '*.h')
+mapfile -t files < <(git ls-files --cached --others --exclude-standard -- '*.cpp' '*.h' '*.cu' '*.cuh' '*.c')
 if [ "${1:-}" = --fix ]; then
   exec "$tool" -i "${files[@]}"
 fi

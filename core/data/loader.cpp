@@ -103,8 +103,7 @@ namespace {
 /// Images first..first+count of the split; those that are bad are in `skipped`, and may be all.
 ImageSet decode_range(const Dataset& dataset, const std::string& split, int64_t first, int64_t count,
                       const nn::Preprocess& preprocess, BadImages bad, Progress& progress) {
-  const std::span<const Sample> samples =
-      std::span(dataset.split(split)).subspan(size_t(first), size_t(count));
+  const std::span<const Sample> samples = std::span(dataset.split(split)).subspan(size_t(first), size_t(count));
   ImageSet set{.images = allocate_cache(count, preprocess.size, split),
                .labels = at::empty({count}, at::kLong),
                .paths = {},

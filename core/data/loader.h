@@ -41,8 +41,8 @@ class SplitReader {
   SplitReader(const Dataset& dataset, std::string split, const nn::Preprocess& preprocess,
               BadImages bad = BadImages::fail);
   [[nodiscard]] int64_t total() const { return total_; }
-  /// The next `count` samples of the split, or what is left of them, without those that are bad and were skipped (it may
-  /// be all of them); nothing at the end. Errors as load_split's.
+  /// The next `count` samples of the split, or what is left of them, without those that are bad and were skipped (it
+  /// may be all of them); nothing at the end. Errors as load_split's.
   [[nodiscard]] std::optional<ImageSet> next(int64_t count);
 
  private:

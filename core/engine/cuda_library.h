@@ -16,7 +16,7 @@ struct CudaDevice {
   int major = 0, minor = 0;  ///< compute capability
   int64_t memory_bytes = 0, free_bytes = 0;
   int multiprocessors = 0;
-  int clock_mhz = 0;   ///< the highest of the multiprocessors
+  int clock_mhz = 0;     ///< the highest of the multiprocessors
   std::string driver{};  ///< the CUDA version that the driver supports: "13.0"
 };
 

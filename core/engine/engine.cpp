@@ -9,6 +9,10 @@ namespace pyra::engine {
 // Out of line, so that one vtable and one typeinfo serve both libraries.
 Engine::~Engine() = default;
 
+std::vector<Stage> Engine::profile(const at::Tensor&) {
+  return {};
+}
+
 const char* precision_name(Precision precision) {
   switch (precision) {
     case Precision::fp32:

@@ -23,9 +23,18 @@ enum class Precision {
 struct EngineOptions {
   std::string device = "cpu";  ///< "cpu" or "cuda:INDEX"
   Precision precision = Precision::fp32;
-  /// CUDA, bf16 and fp16: GELU by erf in a pass of its own, instead of the tanh form inside the matrix product. fp32 and
-  /// tf32 are always exact, and so is the CPU.
+  /// CUDA, bf16 and fp16: GELU by erf in a pass of its own, instead of the tanh form inside the matrix product. fp32
+  /// and tf32 are always exact, and so is the CPU.
   bool exact_gelu = false;
+};
+
+/// What one kind of step takes of a forward pass.
+struct Stage {
+  std::string name;       ///< "qkv", "attention", "merge" …
+  int64_t calls = 0;      ///< in one pass
+  double ms = 0;          ///< all of them together
+  double bytes = 0;       ///< that must move: each operand read once, each result written once
+  double operations = 0;  ///< multiplications and additions of matrix products
 };
 
 /// An engine belongs to one thread at a time. Several engines may run at once, each in its own thread.
@@ -47,9 +56,13 @@ class Engine {
   /// Seconds of computing that the batch collected last took, without its way to the device and back.
   [[nodiscard]] virtual double last_seconds() const = 0;
 
-  /// Milliseconds that `runs` forward passes of `images` take, one entry each, with the images where the engine computes
-  /// and without their way there: CUDA events on a GPU, the clock on the CPU.
+  /// Milliseconds that `runs` forward passes of `images` take, one entry each, with the images where the engine
+  /// computes and without their way there: CUDA events on a GPU, the clock on the CPU.
   [[nodiscard]] virtual std::vector<double> time_ms(const at::Tensor& images, int64_t runs) = 0;
+
+  /// Where a pass spends its time, step by step, each timed alone: no two steps overlap, so it takes longer than
+  /// time_ms says. Empty on the CPU.
+  [[nodiscard]] virtual std::vector<Stage> profile(const at::Tensor& images);
 
   /// Bytes that weights and activations for this batch take on the device; 0 on the CPU, where memory is the process's.
   [[nodiscard]] virtual int64_t device_bytes(int64_t batch) const = 0;

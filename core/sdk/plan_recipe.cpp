@@ -25,8 +25,7 @@ std::vector<int64_t> side_a(const Partition& partition, int64_t tokens, int64_t 
 
 MergePlan make_plan(const PlanRecipe& recipe, const MergeInputs& in) {
   if (recipe.kind == PlanKind::rank) {
-    auto ranking =
-        kernels::rank_tokens(in.tokens, in.class_attention, recipe.prune, recipe.merge, in.protected_tokens);
+    auto ranking = kernels::rank_tokens(in.tokens, in.class_attention, recipe.prune, recipe.merge, in.protected_tokens);
     return {.keep = std::move(ranking.keep),
             .src = std::move(ranking.src),
             .dst = std::move(ranking.dst),

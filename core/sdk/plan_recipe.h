@@ -25,10 +25,10 @@ enum class PlanKind {
 /// recipe needs (keys, class attention) the merger's needs() must say.
 struct PlanRecipe {
   PlanKind kind = PlanKind::bipartite;
-  int64_t remove = 0;           ///< bipartite: r
-  Partition partition{};        ///< bipartite
-  std::optional<Gate> gate{};   ///< bipartite: PYRA
-  int64_t prune = 0, merge = 0; ///< rank: kept counts, protected tokens included
+  int64_t remove = 0;            ///< bipartite: r
+  Partition partition{};         ///< bipartite
+  std::optional<Gate> gate{};    ///< bipartite: PYRA
+  int64_t prune = 0, merge = 0;  ///< rank: kept counts, protected tokens included
 };
 
 /// The plan that `recipe` stands for, on the CPU.

@@ -168,7 +168,10 @@ BenchReport run_bench(const BenchSettings& asked, const host::PluginRegistry& pl
   const double longest = warm_up_all(subjects, settings, memory, progress);
   std::vector<double> control_ms = measure_rounds(subjects, settings, longest, progress);
   if (!on_gpu) report.control_ms = std::move(control_ms);  // how fast the CPU is says nothing of a GPU
-  for (BenchSubject& subject : subjects) report.rows.push_back(std::move(subject.row));
+  for (BenchSubject& subject : subjects) {
+    if (subject.profile) subject.row.profile = subject.profile();
+    report.rows.push_back(std::move(subject.row));
+  }
   mark_slower_than_dense(report.rows);
   return report;
 }

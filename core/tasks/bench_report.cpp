@@ -121,6 +121,12 @@ void append_row(json& benchmarks, const BenchRow& row, size_t family, int64_t th
   };
   aggregate("median", "time", [](const std::vector<double>& values) { return median(values); });
   benchmarks.back()["relative_spread"] = number(relative_spread(row.real_ms));
+  for (const engine::Stage& stage : row.profile)
+    benchmarks.back()["profile"].push_back({{"step", stage.name},
+                                            {"calls", stage.calls},
+                                            {"ms", number(stage.ms)},
+                                            {"bytes", number(stage.bytes)},
+                                            {"operations", number(stage.operations)}});
   aggregate("mean", "time", mean);
   aggregate("stddev", "time", deviation);
   aggregate("cv", "percentage", [](const std::vector<double>& values) { return deviation(values) / mean(values); });

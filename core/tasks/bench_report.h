@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "engine/engine.h"
+
 namespace pyra::tasks {
 
 /// What to measure and how long. Kept in the result, so that a comparison can measure the same again.
@@ -24,6 +26,7 @@ struct BenchSettings {
   int64_t repetitions = 0;       ///< rounds over all rows; 0: 9 to 40, until the noise is below 1 % or max_time is over
   double min_time = 0.2;         ///< seconds a repetition lasts at least
   double max_time = 30;          ///< seconds of rounds in all, when repetitions is 0; at least 3 rounds are done
+  bool profile = false;          ///< a step-by-step profile of each inference row on a GPU
   int64_t warmup = 0;            ///< iterations before the first round; 0: until times are stable
 };
 
@@ -62,6 +65,7 @@ struct BenchRow {
   std::optional<int64_t> trained_params{};  ///< training rows
   int64_t peak_memory_bytes = 0;            ///< what BenchReport::peak_memory says
   bool slower_than_dense = false;
+  std::vector<engine::Stage> profile{};  ///< where a pass spends its time, if asked for and on a GPU
 };
 
 struct BenchReport {

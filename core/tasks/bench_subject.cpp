@@ -109,7 +109,9 @@ BenchSubject infer_subject(const std::shared_ptr<InferenceScene>& scene, const B
                          const std::vector<double> times = scene->engine->time_ms(images, iterations);
                          return std::accumulate(times.begin(), times.end(), 0.0);
                        }};
-  if (settings.device != "cpu") subject.device_bytes = [scene, batch] { return scene->engine->device_bytes(batch); };
+  if (settings.device == "cpu") return subject;
+  subject.device_bytes = [scene, batch] { return scene->engine->device_bytes(batch); };
+  if (settings.profile) subject.profile = [scene, images] { return scene->engine->profile(images); };
   return subject;
 }
 
@@ -182,7 +184,8 @@ std::vector<BenchSubject> make_subjects(const BenchSettings& settings, const hos
     for (const auto& model : models) {
       scenes.push_back(std::make_shared<InferenceScene>(InferenceScene{model, nullptr}));
       if (!training)
-        scenes.back()->engine = make_engine(*model, settings.device, resolve_precision(settings.dtype, settings.device));
+        scenes.back()->engine =
+            make_engine(*model, settings.device, resolve_precision(settings.dtype, settings.device));
     }
     for (const int64_t batch : settings.batches)
       for (const auto& scene : scenes)

@@ -16,10 +16,12 @@ struct BenchSubject {
   std::function<double(int64_t)> time_ms;
   /// Bytes on the device where there is one; else empty, and the process's own peak counts.
   std::function<int64_t()> device_bytes{};
+  std::function<std::vector<engine::Stage>()> profile{};
 };
 
 /// Every mode at every batch size, dense first, merged (where there is a merge) right behind it. `settings.device` and
-/// `.dtype` are resolved. Error(usage) for settings that contradict one another or keys in `set` that mean nothing here.
+/// `.dtype` are resolved. Error(usage) for settings that contradict one another or keys in `set` that mean nothing
+/// here.
 [[nodiscard]] std::vector<BenchSubject> make_subjects(const BenchSettings& settings,
                                                       const host::PluginRegistry& plugins);
 
@@ -28,7 +30,7 @@ struct BenchSubject {
 struct RowName {
   std::string mode, arch;
   int64_t image_size = 224;
-  std::string merge = "dense";  ///< "<merger>-<schedule>"; of a schedule's file its name, without folders
+  std::string merge = "dense";              ///< "<merger>-<schedule>"; of a schedule's file its name, without folders
   std::string peft, device = "cpu", dtype;  ///< device without its index: "cuda"
   int64_t batch = 1;
 };

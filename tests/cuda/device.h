@@ -19,10 +19,10 @@ namespace pyra::test {
 }
 
 /// First line of every test of this room: ctest counts a test that prints this as skipped (tests/CMakeLists.txt).
-#define PYRA_NEEDS_GPU()                                \
-  if (!::pyra::test::has_gpu()) {                       \
+#define PYRA_NEEDS_GPU()                                  \
+  if (!::pyra::test::has_gpu()) {                         \
     std::puts("skipped: no CUDA device on this machine"); \
-    return;                                             \
+    return;                                               \
   }
 
 [[nodiscard]] inline at::ScalarType scalar_type(kernels::cuda::DType dtype) {

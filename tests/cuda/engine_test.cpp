@@ -155,8 +155,8 @@ TEST_CASE("a third party's plan runs inside the graph", "[cuda][gpu]") {
     CHECK(relative_difference(gpu->run(images), cpu->run(images)) <= kTolerance);
   }
   merger->fails = true;
-  CHECK_THROWS_WITH(gpu->run(bytes(config, 4)), Catch::Contains("merger 'foreign', block 0") &&
-                                                    Catch::Contains("out of ideas"));
+  CHECK_THROWS_WITH(gpu->run(bytes(config, 4)),
+                    Catch::Contains("merger 'foreign', block 0") && Catch::Contains("out of ideas"));
   merger->fails = false;
   const at::Tensor images = bytes(config, 3);
   CHECK(relative_difference(gpu->run(images), cpu->run(images)) <= kTolerance);

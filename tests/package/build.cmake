@@ -1,5 +1,5 @@
 # cmake -DSOURCES= -DFOLDER= -DLAUNCHER= -DFLAGS= -P build.cmake: builds plugin projects against the installed package:
-# the two beside this file, the one that docs/plugins.md makes from nothing, as it stands there, and what
+# the two beside this file and two programs that embed the library, the one that docs/plugins.md makes from nothing, as it stands there, and what
 # `pyractl plugins new` writes.
 
 # take(LANGUAGE FILE): the page's first block in that language becomes a file.
@@ -19,7 +19,7 @@ foreach(kind merge peft)
                   COMMAND_ERROR_IS_FATAL ANY)
 endforeach()
 
-foreach(source ${SOURCES}/example_merger ${SOURCES}/example_adapter ${SOURCES}/headers
+foreach(source ${SOURCES}/example_merger ${SOURCES}/example_adapter ${SOURCES}/embed ${SOURCES}/headers
                ${FOLDER}/from_docs ${FOLDER}/new_merge ${FOLDER}/new_peft)
   get_filename_component(name ${source} NAME)
   execute_process(

@@ -80,13 +80,14 @@ void CudaEngine::check(const at::Tensor& images) const {
                             : images.scalar_type() == at::kFloat && images.size(1) == 3 && images.size(2) == side &&
                                   images.size(3) == side);
   if (!right)
-    fail(ExitCode::usage, "engine: images are ", images.sizes(), " ", images.scalar_type(), ", expected uint8 [B,", side,
-         ",", side, ",3] or normalised fp32 [B,3,", side, ",", side, "] on the CPU");
+    fail(ExitCode::usage, "engine: images are ", images.sizes(), " ", images.scalar_type(), ", expected uint8 [B,",
+         side, ",", side, ",3] or normalised fp32 [B,3,", side, ",", side, "] on the CPU");
 }
 
 int CudaEngine::branches_of(int batch) {
-  // Two halves fill the SMs that the last wave of each other's kernels leaves idle. On an H100 (2026-11-25) that is worth
-  // 2 % dense and 5 % merged at 256 images, and costs 2 to 10 % at 64 and below, where a half no longer fills the GPU.
+  // Two halves fill the SMs that the last wave of each other's kernels leaves idle. On an H100 (2026-11-25) that is
+  // worth 2 % dense and 5 % merged at 256 images, and costs 2 to 10 % at 64 and below, where a half no longer fills the
+  // GPU.
   constexpr int kWorthCutting = 256;
   return batch >= kWorthCutting && batch % 2 == 0 ? 2 : 1;
 }
@@ -109,8 +110,8 @@ void CudaEngine::plan_for(int batch) {
   if (wanted > free_bytes) {
     const size_t each = Activations::bytes_for(device_model_, 1);
     fail(ExitCode::device, "the GPU has ", free_bytes >> 20, " MB free of ", total >> 20, "; a batch of ", batch,
-         " needs ", wanted >> 20, " MB beside the weights; a batch of ", std::max<size_t>(1, free_bytes * 9 / 10 / each),
-         " would fit");
+         " needs ", wanted >> 20, " MB beside the weights; a batch of ",
+         std::max<size_t>(1, free_bytes * 9 / 10 / each), " would fit");
   }
   for (int i = 0; i < count; ++i) branches_[size_t(i)].activations = Activations(device_model_, share);
 }
@@ -122,7 +123,8 @@ void CudaEngine::enqueue(int batch) {
     PYRA_CUDA(cudaEventRecord(fork_, stream()));
     PYRA_CUDA(cudaStreamWaitEvent(branches_[1].forward->stream(), fork_, 0));
   }
-  for (int i = 0; i < count; ++i) branches_[size_t(i)].forward->enqueue(batch / count, branches_[size_t(i)].activations);
+  for (int i = 0; i < count; ++i)
+    branches_[size_t(i)].forward->enqueue(batch / count, branches_[size_t(i)].activations);
   if (count == 2) {
     PYRA_CUDA(cudaEventRecord(join_, branches_[1].forward->stream()));
     PYRA_CUDA(cudaStreamWaitEvent(stream(), join_, 0));
@@ -195,8 +197,7 @@ void CudaEngine::read_images(const Slot& slot, const at::Tensor& images) {
 
 void CudaEngine::return_logits(const Slot& slot) {
   const int count = branches_of(slot.batch);
-  const size_t bytes =
-      size_t(slot.batch / count) * size_t(device_model_.config.num_classes) * sizeof(float);
+  const size_t bytes = size_t(slot.batch / count) * size_t(device_model_.config.num_classes) * sizeof(float);
   for (int i = 0; i < count; ++i)
     PYRA_CUDA(cudaMemcpyAsync(slot.host_logits.get<char>() + size_t(i) * bytes,
                               branches_[size_t(i)].activations.logits.get(), bytes, cudaMemcpyDeviceToHost, stream()));
@@ -265,6 +266,29 @@ std::vector<double> CudaEngine::time_ms(const at::Tensor& images, int64_t runs) 
   for (cudaEvent_t mark : marks) (void)cudaEventDestroy(mark);
   check_host_plans();
   return times;
+}
+
+std::vector<Stage> CudaEngine::profile(const at::Tensor& images) {
+  (void)run(images);
+  const int batch = int(images.size(0)), count = branches_of(batch);
+  std::vector<Stage> stages;
+  for (int i = 0; i < count; ++i) {
+    const Branch& branch = branches_[size_t(i)];
+    StageTimer timer;
+    branch.forward->enqueue(batch / count, branch.activations, &timer);
+    for (const Stage& stage : timer.read()) {
+      const auto same = std::ranges::find(stages, stage.name, &Stage::name);
+      if (same == stages.end()) {
+        stages.push_back(stage);
+        continue;
+      }
+      same->calls += stage.calls;
+      same->ms += stage.ms;
+      same->bytes += stage.bytes;
+      same->operations += stage.operations;
+    }
+  }
+  return stages;
 }
 
 int64_t CudaEngine::device_bytes(int64_t batch) const {

@@ -22,6 +22,7 @@ class CudaEngine final : public Engine {
   [[nodiscard]] int64_t in_flight() const override { return int64_t(slots_.size()); }
   [[nodiscard]] double last_seconds() const override { return last_seconds_; }
   [[nodiscard]] std::vector<double> time_ms(const at::Tensor& images, int64_t runs) override;
+  [[nodiscard]] std::vector<Stage> profile(const at::Tensor& images) override;
   [[nodiscard]] int64_t device_bytes(int64_t batch) const override;
 
  private:

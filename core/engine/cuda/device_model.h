@@ -44,6 +44,10 @@ struct DeviceBlock {
 struct DeviceTypes {
   DType compute = DType::fp32, residual = DType::fp32;
   bool tf32 = false;  ///< of the linear layers' fp32 products; the head stays exact
+  /// Of a channel that stands in the stream and in a norm's output.
+  [[nodiscard]] double row_bytes() const {
+    return double(kernels::cuda::size_of(compute) + kernels::cuda::size_of(residual));
+  }
 };
 [[nodiscard]] DeviceTypes types_of(Precision precision);
 

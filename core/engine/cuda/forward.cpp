@@ -20,7 +20,8 @@ namespace {
 struct ImageBytes {
   explicit ImageBytes(const DeviceModel& model) {
     const nn::VitConfig& config = model.config;
-    const size_t n = size_t(config.tokens()), c = size_t(config.embed_dim), compute = cuda::size_of(model.types.compute);
+    const size_t n = size_t(config.tokens()), c = size_t(config.embed_dim),
+                 compute = cuda::size_of(model.types.compute);
     stream = n * c * cuda::size_of(model.types.residual);
     rows = n * c * compute;
     const size_t patch_values = size_t(config.patches() * 3 * config.patch_size * config.patch_size);
@@ -100,8 +101,8 @@ Forward::Forward(const nn::Vit& model, const DeviceModel& device_model, const nn
   for (size_t i = 0; i < model_.blocks.size(); ++i) {
     const DeviceBlock& block = model_.blocks[i];
     const bool by_host = block.merge && block.merge->kind == DeviceMerge::Kind::by_host;
-    planners_.push_back(
-        by_host ? std::make_unique<HostPlanner>(model, int(i), block.tokens, block.merge->kept) : nullptr);
+    planners_.push_back(by_host ? std::make_unique<HostPlanner>(model, int(i), block.tokens, block.merge->kept)
+                                : nullptr);
   }
 }
 
@@ -148,7 +149,8 @@ void Forward::linear(const DeviceLinear& layer, cuda::LinearCall call, bool gelu
 }
 
 /// A layer of a block: operands of the compute type, the result of that type or added to the residual stream.
-void Forward::block_linear(const DeviceLinear& layer, const void* x, int rows, void* y, bool onto_stream, bool gelu) {
+void Forward::block_linear(const char* name, const DeviceLinear& layer, const void* x, int rows, void* y,
+                           bool onto_stream, bool gelu) {
   linear(layer,
          {.x = x,
           .residual = onto_stream ? y : nullptr,
@@ -158,6 +160,13 @@ void Forward::block_linear(const DeviceLinear& layer, const void* x, int rows, v
           .result = onto_stream ? model_.types.residual : model_.types.compute,
           .math = model_.types.tf32 ? cuda::MatrixMath::tf32 : cuda::MatrixMath::exact},
          gelu);
+  const double compute = double(cuda::size_of(model_.types.compute)), in = layer.in, out = layer.out;
+  const double written = onto_stream ? 2.0 * double(cuda::size_of(model_.types.residual)) : compute;
+  mark(name, (rows * in + in * out) * compute + rows * out * written, 2.0 * rows * in * out);
+}
+
+void Forward::mark(const char* name, double bytes, double operations) {
+  if (timer_) timer_->mark(name, bytes, operations, main_);
 }
 
 void Forward::norm(State& state, const DeviceNorm& weights, void* y) {
@@ -173,6 +182,7 @@ void Forward::norm(State& state, const DeviceNorm& weights, void* y) {
                     .residual = model_.types.residual,
                     .compute = model_.types.compute},
                    main_);
+  mark("norm", double(state.rows()) * channels * model_.types.row_bytes());
 }
 
 void Forward::embed(State& state) {
@@ -180,7 +190,7 @@ void Forward::embed(State& state) {
   const int patches = int(config.patches());
   // The stream's other half is free until the first merge.
   void* embedded = state.memory.stream[1].get();
-  block_linear(model_.patch_embed, state.memory.wide.get(), state.batch * patches, embedded);
+  block_linear("patch embedding", model_.patch_embed, state.memory.wide.get(), state.batch * patches, embedded);
   cuda::assemble_tokens({.embedded = embedded,
                          .prefix = model_.prefix,
                          .positions = model_.positions,
@@ -198,6 +208,8 @@ void Forward::embed(State& state) {
                         main_);
   state.tokens = int(config.tokens());
   state.normed = true;
+  mark("assemble", double(state.rows()) * double(config.embed_dim) *
+                       (model_.types.row_bytes() + double(cuda::size_of(model_.types.compute))));
 }
 
 void Forward::attend(State& state, const DeviceBlock& block, bool class_rows) {
@@ -212,7 +224,9 @@ void Forward::attend(State& state, const DeviceBlock& block, bool class_rows) {
                    .head_dim = int(config.embed_dim / config.num_heads),
                    .dtype = model_.types.compute},
                   main_);
-  block_linear(block.proj, state.memory.rows.get(), state.rows(), state.x(), /*onto_stream=*/true);
+  const double elements = double(state.rows()) * double(config.embed_dim);
+  mark("attention", 4 * elements * double(cuda::size_of(model_.types.compute)), 4 * elements * state.tokens);
+  block_linear("proj", block.proj, state.memory.rows.get(), state.rows(), state.x(), /*onto_stream=*/true);
 }
 
 /// Bipartite matching needs the keys alone, so it runs beside attention and projection; ranking needs both.
@@ -221,8 +235,9 @@ void Forward::plan(State& state, const DeviceBlock& block) {
   const DeviceMerge& merge = *block.merge;
   const Activations& memory = state.memory;
   if (merge.kind == DeviceMerge::Kind::bipartite) {
+    const cudaStream_t stream = timer_ ? main_ : side_;
     PYRA_CUDA(cudaEventRecord(fork_, main_));
-    PYRA_CUDA(cudaStreamWaitEvent(side_, fork_, 0));
+    PYRA_CUDA(cudaStreamWaitEvent(stream, fork_, 0));
     cuda::match_bipartite({.qkv = memory.wide.get(),
                            .batch = state.batch,
                            .tokens = state.tokens,
@@ -235,8 +250,9 @@ void Forward::plan(State& state, const DeviceBlock& block) {
                            .keep = memory.keep.get<int32_t>(),
                            .src = memory.src.get<int32_t>(),
                            .dst = memory.dst.get<int32_t>()},
-                          side_);
-    PYRA_CUDA(cudaEventRecord(join_, side_));
+                          stream);
+    PYRA_CUDA(cudaEventRecord(join_, stream));
+    mark("match", double(state.rows()) * double(config.embed_dim) * double(cuda::size_of(model_.types.compute)));
     return;
   }
   cuda::rank_tokens({.tokens = state.x(),
@@ -254,6 +270,8 @@ void Forward::plan(State& state, const DeviceBlock& block) {
                      .dst = memory.dst.get<int32_t>(),
                      .cosine = memory.cosine.get<float>()},
                     main_);
+  mark("rank",
+       double(state.batch) * merge.prune * double(config.embed_dim) * double(cuda::size_of(model_.types.residual)));
 }
 
 void Forward::merge(State& state, const DeviceBlock& block, int index) {
@@ -295,22 +313,25 @@ void Forward::merge(State& state, const DeviceBlock& block, int index) {
                       .compute = model_.types.compute},
                      state.batch, call, main_);
   cuda::merge_tokens(call, main_);
+  mark("merge", double(state.batch) * double(model_.config.embed_dim) *
+                    ((merge.kept + call.merged) * double(cuda::size_of(model_.types.residual)) +
+                     merge.kept * model_.types.row_bytes()));
   state.now = next;
   state.tokens = merge.kept;
   state.merged = true;
 }
 
 void Forward::mlp(State& state, const DeviceBlock& block) {
-  block_linear(block.fc1, state.memory.rows.get(), state.rows(), state.memory.wide.get(), /*onto_stream=*/false,
+  block_linear("fc1", block.fc1, state.memory.rows.get(), state.rows(), state.memory.wide.get(), /*onto_stream=*/false,
                /*gelu=*/true);
-  block_linear(block.fc2, state.memory.wide.get(), state.rows(), state.x(), /*onto_stream=*/true);
+  block_linear("fc2", block.fc2, state.memory.wide.get(), state.rows(), state.x(), /*onto_stream=*/true);
 }
 
 void Forward::block(State& state, const DeviceBlock& block, int index) {
   const Activations& memory = state.memory;
   if (!state.normed) norm(state, block.norm1, memory.rows.get());
   state.normed = false;
-  block_linear(block.qkv, memory.rows.get(), state.rows(), memory.wide.get());
+  block_linear("qkv", block.qkv, memory.rows.get(), state.rows(), memory.wide.get());
   if (!block.merge) {
     attend(state, block, false);
     norm(state, block.norm2, memory.rows.get());
@@ -357,18 +378,23 @@ void Forward::head(State& state) {
                              .rows = state.batch,
                              .compute = DType::fp32,
                              .result = DType::fp32});
+    mark("head", double(channels) * double(config.num_classes) * 4,
+         2.0 * state.batch * channels * double(config.num_classes));
   }
 }
 
-void Forward::enqueue(int batch, const Activations& activations) {
+void Forward::enqueue(int batch, const Activations& activations, StageTimer* timer) {
   if (batch < 1 || batch > activations.batch)
     fail(ExitCode::internal, "forward: batch ", batch, ", planned for up to ", activations.batch);
   for (const auto& planner : planners_)
     if (planner) planner->reserve(activations.batch);
   State state{.batch = batch, .memory = activations};
+  timer_ = timer;
+  if (timer_) timer_->begin(main_);
   embed(state);
   for (size_t i = 0; i < model_.blocks.size(); ++i) block(state, model_.blocks[i], int(i));
   head(state);
+  timer_ = nullptr;
 }
 
 }  // namespace pyra::engine

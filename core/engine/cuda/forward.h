@@ -6,6 +6,7 @@
 
 #include "engine/cuda/device_model.h"
 #include "engine/cuda/host_planner.h"
+#include "engine/cuda/stage_timer.h"
 #include "kernels/cuda/linear.h"
 
 namespace pyra::engine {
@@ -49,7 +50,8 @@ class Forward {
   void read_images(const DeviceImages& images, int batch, const Activations& activations, cudaStream_t stream) const;
   /// Patches to logits. Neither allocates nor synchronises once every shape's matrix product has been chosen (the first
   /// call with this batch), so it can be captured.
-  void enqueue(int batch, const Activations& activations);
+  /// A timer sees each step alone: matching then waits its turn.
+  void enqueue(int batch, const Activations& activations, StageTimer* timer = nullptr);
   /// Throws what a third party's plan() threw in the passes since the last call, after the stream was waited for.
   void check_host_plans();
 
@@ -63,8 +65,9 @@ class Forward {
   void mlp(State& state, const DeviceBlock& block);
   void head(State& state);
   void linear(const DeviceLinear& layer, kernels::cuda::LinearCall call, bool gelu = false);
-  void block_linear(const DeviceLinear& layer, const void* x, int rows, void* y, bool onto_stream = false,
-                    bool gelu = false);
+  void block_linear(const char* name, const DeviceLinear& layer, const void* x, int rows, void* y,
+                    bool onto_stream = false, bool gelu = false);
+  void mark(const char* name, double bytes, double operations = 0);
   void norm(State& state, const DeviceNorm& weights, void* y);
 
   const DeviceModel& model_;
@@ -73,6 +76,7 @@ class Forward {
   cudaStream_t main_ = nullptr, side_ = nullptr;
   cudaEvent_t fork_ = nullptr, join_ = nullptr;
   kernels::cuda::LinearRunner runner_;
+  StageTimer* timer_ = nullptr;                         ///< of the pass being enqueued
   std::vector<std::unique_ptr<HostPlanner>> planners_;  ///< by block; null where the kernels plan
 };
 

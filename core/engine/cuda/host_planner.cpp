@@ -56,8 +56,7 @@ HostPlanner::HostPlanner(const nn::Vit& model, int block, int tokens, int kept)
       kept_(kept) {}
 
 void HostPlanner::reserve(int batch) {
-  const size_t b = size_t(batch), n = size_t(tokens_), c = size_t(config_.embed_dim),
-               d = c / size_t(config_.num_heads);
+  const size_t b = size_t(batch), n = size_t(tokens_), c = size_t(config_.embed_dim), d = c / size_t(config_.num_heads);
   stream_.reserve(b * n * c * 4);
   sizes_.reserve(b * n * 4);
   keys_.reserve(b * n * d * 4);
@@ -99,10 +98,12 @@ HostPlanner::Shape HostPlanner::make_plan(const Task& task) {
   if (needs_.key_mean) inputs.key_mean = view(keys_.host, {b, n, c / config_.num_heads}, at::kFloat);
   if (needs_.class_attention) inputs.class_attention = view(attention_.host, {b, n}, at::kFloat);
   const sdk::MergePlan plan = merger_->plan(inputs, schedule_);
-  const std::string wrong =
-      kernels::check_merge({.keep = plan.keep, .src = plan.src, .dst = plan.dst, .src_weight = plan.src_weight,
-                            .src_size_scale = plan.src_size_scale},
-                           b, n, kept_, config_.protected_tokens());
+  const std::string wrong = kernels::check_merge({.keep = plan.keep,
+                                                  .src = plan.src,
+                                                  .dst = plan.dst,
+                                                  .src_weight = plan.src_weight,
+                                                  .src_size_scale = plan.src_size_scale},
+                                                 b, n, kept_, config_.protected_tokens());
   if (!wrong.empty()) fail(ExitCode::plugin, wrong);
 
   put_indices(plan.keep, keep_.host);
@@ -143,12 +144,13 @@ void HostPlanner::run(void* argument) {
   // A driver's thread: nothing may leave it but through failure_, which the stream's end publishes.
   try {
     if (self.make_plan(task) != *self.shape_)
-      fail(ExitCode::plugin, "the plan's shape is another than in the pass before; it may depend on the schedule alone");
+      fail(ExitCode::plugin,
+           "the plan's shape is another than in the pass before; it may depend on the schedule alone");
     return;
   } catch (const c10::Error& error) {
-    self.failure_ = std::make_exception_ptr(Error(
-        ExitCode::plugin,
-        cat("merger '", self.name_, "', block ", self.block_, ": plan() failed: ", error.what_without_backtrace())));
+    self.failure_ =
+        std::make_exception_ptr(Error(ExitCode::plugin, cat("merger '", self.name_, "', block ", self.block_,
+                                                            ": plan() failed: ", error.what_without_backtrace())));
   } catch (const std::exception& error) {
     self.failure_ = std::make_exception_ptr(
         Error(ExitCode::plugin, cat("merger '", self.name_, "', block ", self.block_, ": ", error.what())));

@@ -39,8 +39,9 @@ class HostPlanner {
   };
   /// Makes room for `batch` images; not while captured.
   void reserve(int batch);
-  /// Enqueues copies, the plan and its way back, and fills the plan's part of `call`. The first call waits for the plan,
-  /// to learn what its shape is; later ones may be captured, and a plan of another shape is an error of the merger's.
+  /// Enqueues copies, the plan and its way back, and fills the plan's part of `call`. The first call waits for the
+  /// plan, to learn what its shape is; later ones may be captured, and a plan of another shape is an error of the
+  /// merger's.
   void enqueue(const Inputs& inputs, int batch, kernels::cuda::MergeCall& call, cudaStream_t stream);
   /// What plan() or its check threw since the last call, if anything: Error(plugin) naming merger, block and index.
   [[nodiscard]] std::exception_ptr take_failure() { return std::exchange(failure_, nullptr); }

@@ -38,7 +38,7 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&word)[4]) {
   }
 }
 
-template <class T, int D, int R, int P = (D <= 32 ? 4 : 2)>
+template <class T, int D, int R, int P = (D <= 64 ? 4 : 2)>
 class MmaTile {
  public:
   using Element = T;
@@ -48,6 +48,7 @@ class MmaTile {
       D + 8;  ///< of rows in shared memory: an odd number of 16 bytes, so ldmatrix hits all banks
   /// Two blocks or more on a multiprocessor, so that one copies while another multiplies: 64K registers allow it.
   static constexpr int kMaxThreads = D * R <= 80 ? 256 : 128, kMinBlocks = 2;
+  static constexpr int kWarpsWanted = 5;  ///< where warps take several tiles in turn: more blocks beat more warps
 
   /// `query` is row 0 of the head; rows past the last repeat it and are not stored.
   __device__ __forceinline__ void start(const T* query, int first, int tokens, int pitch) {

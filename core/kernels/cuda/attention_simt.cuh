@@ -14,6 +14,7 @@ class SimtTile {
   static constexpr int kDim = D, kRows = 16, kPairs = D <= 64 ? 2 : 1;
   static constexpr int kStride = D + 4;  ///< an odd number of 16 bytes: 8 neighbouring keys lie in different banks
   static constexpr int kMaxThreads = 192, kMinBlocks = 2;  // 168 registers a thread
+  static constexpr int kWarpsWanted = kMaxThreads / kWarp;
 
   __device__ __forceinline__ void start(const float* query, int first, int tokens, int pitch) {
 #pragma unroll

@@ -9,15 +9,15 @@ struct PatchCall {
   bool is_float = false;
   int batch = 0, side = 0, patch = 0;
   float mean[3]{}, std[3]{};  ///< of values in [0,1]; uint8 only
-  void* out = nullptr;        ///< [B*P,3*patch*patch] of `compute`: channel, row, column within the patch (Conv2d's order)
+  void* out = nullptr;  ///< [B*P,3*patch*patch] of `compute`: channel, row, column within the patch (Conv2d's order)
   DType compute = DType::bf16;
 };
 /// (v/255 - mean)/std, channel by channel, cut into patches: the left operand of the patch embedding's GEMM.
 void extract_patches(const PatchCall& call, cudaStream_t stream);
 
 struct AssembleCall {
-  const void* embedded = nullptr;                        ///< [B*P,C] of `compute`: patch embedding, bias added
-  const float *prefix = nullptr, *positions = nullptr;   ///< [protected,C], [P,C]
+  const void* embedded = nullptr;                       ///< [B*P,C] of `compute`: patch embedding, bias added
+  const float *prefix = nullptr, *positions = nullptr;  ///< [protected,C], [P,C]
   int batch = 0, patches = 0, protected_tokens = 1, channels = 0;
   void* x = nullptr;  ///< [B,protected+P,C] of `residual`
   const float *norm_weight = nullptr, *norm_bias = nullptr;

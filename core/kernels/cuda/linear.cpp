@@ -28,8 +28,8 @@ cudaDataType_t data_type(DType dtype) {
 }
 
 std::array<int64_t, 8> shape_of(const LinearCall& call) {
-  return {call.rows,          call.in,        call.out,           int(call.compute),
-          int(call.result),   int(call.math), int(call.epilogue), (call.bias ? 1 : 0) + (call.residual ? 2 : 0)};
+  return {call.rows,        call.in,        call.out,           int(call.compute),
+          int(call.result), int(call.math), int(call.epilogue), (call.bias ? 1 : 0) + (call.residual ? 2 : 0)};
 }
 
 template <class T>
@@ -38,8 +38,7 @@ void set(cublasLtMatmulDesc_t description, cublasLtMatmulDescAttributes_t attrib
 }
 
 cublasLtEpilogue_t epilogue_of(const LinearCall& call) {
-  if (call.epilogue == Epilogue::gelu_tanh)
-    return call.bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
+  if (call.epilogue == Epilogue::gelu_tanh) return call.bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
   return call.bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
 }
 

@@ -6,11 +6,11 @@
 namespace pyra::kernels::cuda {
 
 struct MergeCall {
-  const void* x = nullptr;          ///< [B,N,C] of `residual`
-  const float* sizes = nullptr;     ///< [B,N] or null: all one
-  const int32_t* keep = nullptr;    ///< [B,K]
-  const int32_t* src = nullptr;     ///< [B,R]
-  const int32_t* dst = nullptr;     ///< [B,R] positions in keep
+  const void* x = nullptr;                ///< [B,N,C] of `residual`
+  const float* sizes = nullptr;           ///< [B,N] or null: all one
+  const int32_t* keep = nullptr;          ///< [B,K]
+  const int32_t* src = nullptr;           ///< [B,R]
+  const int32_t* dst = nullptr;           ///< [B,R] positions in keep
   const float* src_weight = nullptr;      ///< [B,R] or null
   const float* src_size_scale = nullptr;  ///< [B,R] or null
   bool weighted = true;                   ///< by size; false: plain mean
@@ -21,7 +21,8 @@ struct MergeCall {
   DType residual = DType::fp32, compute = DType::bf16;
   void* x_out = nullptr;       ///< [B,K,C] of `residual`; not x
   float* sizes_out = nullptr;  ///< [B,K]
-  /// y [B,K,C] of `compute` = LayerNorm(x_out) with these; statistics of the fp32 sums, not of what x_out rounds them to.
+  /// y [B,K,C] of `compute` = LayerNorm(x_out) with these; statistics of the fp32 sums, not of what x_out rounds them
+  /// to.
   const float *norm_weight = nullptr, *norm_bias = nullptr;
   float norm_eps = 1e-6f;
   void* y = nullptr;
