@@ -40,7 +40,7 @@ PYRA_INLINE void pack(const Problem& p) {
 }
 
 /// A register of each instruction set. Wide serves where little is computed: what GCC 12 makes of arrays of it for AVX2
-/// keeps every sum in memory, eight times as slow as this.
+/// keeps every sum in memory, and the search then took about a fifth of a merged model's time.
 struct Sse {
   static constexpr int64_t kLanes = 4;
   using Floats = float __attribute__((vector_size(16)));
