@@ -7,7 +7,7 @@
 # Each round measures every row once on both sides, side by side. Printed: images/s of both, the ratio with its 95 %
 # interval, and our speed-up over our own dense model. Exit code 0 only if every interval lies at or above 1.0, else 1.
 #
-# timm runs in an environment of its own, .deps/timm-env (about 1 GB, made on first use, needs the network), or under
+# timm runs in an environment of its own, .deps/timm-env (several GB with the GPU packages that PyPI's torch brings, made on first use, needs the network), or under
 # PYRA_TIMM_PYTHON=/path/to/python when that names a Python with torch 2.11 and timm. PYRACTL names another binary.
 set -euo pipefail
 
@@ -22,9 +22,7 @@ if [[ -z $python ]]; then
   if [[ ! -e $environment/complete ]]; then
     echo "making $environment (torch 2.11.0, timm 1.0.31)" >&2
     python3 -m venv --clear "$environment"
-    # The CPU wheel spares gigabytes of GPU packages; PyPI's is taken where its index is out of reach.
-    "$python" -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch==2.11.0 torchvision==0.26.0 >&2 ||
-      "$python" -m pip install --quiet torch==2.11.0 torchvision==0.26.0 >&2
+    "$python" -m pip install --quiet torch==2.11.0 torchvision==0.26.0 >&2
     "$python" -m pip install --quiet timm==1.0.31 >&2
     touch "$environment/complete"
   fi
