@@ -27,6 +27,18 @@ const Shape kShapes[] = {{1, 197, 12, 64}, {3, 157, 3, 64}, {2, 1, 2, 64},   {3,
                          {2, 100, 3, 96},  {1, 31, 2, 112}, {2, 65, 2, 128}, {1, 1024, 2, 64}, {1, 600, 1, 128}};
 const Shape kMates[] = {{90, 27, 12, 64}, {37, 197, 12, 64}, {70, 8, 12, 64}, {5, 45, 3, 80}, {9, 600, 2, 64}};
 
+/// Shared memory that makes a Hopper GPU stand for one without its way of attention.
+constexpr const char* kNotHopper = "200000";
+
+/// Lowers the device's shared memory while it lives.
+class SharedMemoryLimit {
+ public:
+  explicit SharedMemoryLimit(const char* bytes) { setenv("PYRA_CUDA_SHARED_MEMORY", bytes, 1); }
+  ~SharedMemoryLimit() { unsetenv("PYRA_CUDA_SHARED_MEMORY"); }
+  SharedMemoryLimit(const SharedMemoryLimit&) = delete;
+  SharedMemoryLimit& operator=(const SharedMemoryLimit&) = delete;
+};
+
 struct Outcome {
   at::Tensor out, class_rows;
 };
@@ -103,6 +115,25 @@ TEST_CASE("an image's attention on the GPU does not depend on its batch mates", 
   CHECK(at::equal(reversed.class_rows.flip({0}), together.class_rows));
 }
 
+TEST_CASE("Hopper's attention equals its reference in double, for every number of keys that a wgmma has",
+          "[gpu][attention]") {
+  PYRA_NEEDS_GPU();
+  const auto dtype = GENERATE(DType::bf16, DType::fp16);
+  const int64_t tokens =
+      GENERATE(16, 17, 32, 33, 48, 49, 64, 65, 80, 81, 96, 97, 128, 129, 160, 161, 208, 209, 256, 257);
+  const bool sized = GENERATE(false, true);
+  CAPTURE(scalar_type(dtype), tokens, sized);
+  const Shape shape{3, tokens, 3, 64};
+  const at::Tensor qkv = qkv_of(shape, dtype), sizes = sized ? sizes_of(shape) : at::Tensor();
+  const auto expected = kernels::attention_reference(qkv.to(at::kDouble), shape.heads, {sizes, false, true});
+  const Outcome found = on_device(qkv, sizes, shape, dtype);
+  CHECK(relative_difference(found.out, expected.out) < tolerance_of(dtype));
+  CHECK(relative_difference(found.class_rows.mean(1), expected.class_attention) < 3e-5);
+  CHECK(at::equal(on_device(qkv, sizes, shape, dtype, /*rows=*/false).out, found.out));
+  const SharedMemoryLimit limit(kNotHopper);
+  CHECK(relative_difference(on_device(qkv, sizes, shape, dtype).out, expected.out) < tolerance_of(dtype));
+}
+
 TEST_CASE("attention on the GPU does not depend on how much shared memory there is", "[gpu][attention]") {
   PYRA_NEEDS_GPU();
   const auto dtype = GENERATE(DType::fp32, DType::bf16, DType::fp16);
@@ -110,11 +141,13 @@ TEST_CASE("attention on the GPU does not depend on how much shared memory there 
       GENERATE(Shape{2, 197, 3, 64}, Shape{1, 300, 2, 80}, Shape{1, 1024, 1, 128}, Shape{60, 40, 12, 32});
   CAPTURE(scalar_type(dtype), shape.batch, shape.tokens, shape.heads, shape.head_dim);
   const at::Tensor qkv = qkv_of(shape, dtype), sizes = sizes_of(shape);
-  const Outcome roomy = on_device(qkv, sizes, shape, dtype);
+  const auto with = [&](const char* bytes) {
+    const SharedMemoryLimit limit(bytes);
+    return on_device(qkv, sizes, shape, dtype);
+  };
+  const Outcome roomy = with(kNotHopper);
   for (const char* bytes : {"49152", "101376"}) {
-    setenv("PYRA_CUDA_SHARED_MEMORY", bytes, 1);
-    const Outcome tight = on_device(qkv, sizes, shape, dtype);
-    unsetenv("PYRA_CUDA_SHARED_MEMORY");
+    const Outcome tight = with(bytes);
     CHECK(at::equal(tight.out, roomy.out));
     CHECK(at::equal(tight.class_rows, roomy.class_rows));
   }

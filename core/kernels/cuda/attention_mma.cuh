@@ -48,7 +48,7 @@ class MmaTile {
       D + 8;  ///< of rows in shared memory: an odd number of 16 bytes, so ldmatrix hits all banks
   /// Two blocks or more on a multiprocessor, so that one copies while another multiplies: 64K registers allow it.
   static constexpr int kMaxThreads = D * R <= 80 ? 256 : 128, kMinBlocks = 2;
-  static constexpr int kWarpsWanted = 5;  ///< where warps take several tiles in turn: more blocks beat more warps
+  static constexpr int kWarpsWanted = D <= 64 ? 5 : 8;  ///< if they take several tiles in turn; 5 lost for 80 channels
 
   /// `query` is row 0 of the head; rows past the last repeat it and are not stored.
   __device__ __forceinline__ void start(const T* query, int first, int tokens, int pitch) {
