@@ -65,8 +65,12 @@ void print_profile(std::ostream& out, const tasks::BenchRow& row) {
 
 void print_report(std::ostream& out, const tasks::BenchReport& report) {
   const tasks::BenchMachine& machine = report.machine;
-  out << machine.cpu_model << ", " << machine.threads << " threads, " << machine.micro_kernel << " kernels, LibTorch "
-      << machine.libtorch_version << ", pyractl " << machine.pyractl_version << " (" << machine.commit << ")\n";
+  if (machine.device == "cpu")
+    out << machine.cpu_model << ", " << machine.threads << " threads, " << machine.micro_kernel << " kernels";
+  else
+    out << machine.device << ", driver " << machine.driver;
+  out << ", LibTorch " << machine.libtorch_version << ", pyractl " << machine.pyractl_version << " (" << machine.commit
+      << ")\n";
   std::vector<std::vector<std::string>> lines{{"row", "images/s", "spread", "ms", "MACs", "speed-up", "peak MiB"}};
   bool slower = false;
   for (const tasks::BenchRow& row : report.rows) {

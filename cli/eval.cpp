@@ -79,6 +79,8 @@ void add_eval(CLI::App& root, Session& session) {
       ->check(CLI::IsMember({"fail", "skip"}).description(""))
       ->type_name("fail|skip")
       ->capture_default_str();
+  command->add_flag("--exact-gelu", options->run.exact_gelu,
+                    "On a GPU in bf16 or fp16: GELU by erf, not its tanh form");
   command->footer(R"(
 Examples:
   pyractl eval vit.safetensors --data task.tar

@@ -65,6 +65,8 @@ void add_predict(CLI::App& root, Session& session) {
       ->type_name("N")
       ->check(CLI::Range(1, 1 << 20).description(""))
       ->capture_default_str();
+  command->add_flag("--exact-gelu", options->run.exact_gelu,
+                    "On a GPU in bf16 or fp16: GELU by erf, not its tanh form");
   command->footer(R"(
 Examples:
   pyractl predict vit.safetensors cat.jpg

@@ -67,8 +67,12 @@ CudaLibrary::CudaLibrary() {
 
 std::vector<CudaDevice> CudaLibrary::devices() const {
   std::vector<CudaDevice> devices;
-  for (int i = 0; api_ && i < api_->device_count(); ++i) devices.push_back(api_->describe(i));
+  for (int i = 0; api_ && i < api_->device_count(); ++i) devices.push_back(api_->describe(i, true));
   return devices;
+}
+
+bool CudaLibrary::first_is_usable() const {
+  return api_ && api_->device_count() > 0 && api_->describe(0, false).major >= kOldestCudaMajor;
 }
 
 void CudaLibrary::check_device(const std::string& name) const {
@@ -77,7 +81,7 @@ void CudaLibrary::check_device(const std::string& name) const {
   if (index >= count)
     fail(ExitCode::device, "--device ", name, ": this machine has ", count, " GPU", count == 1 ? "" : "s", " (0 to ",
          count - 1, ")");
-  const CudaDevice device = api_->describe(index);
+  const CudaDevice device = api_->describe(index, false);
   if (device.major < kOldestCudaMajor)
     fail(ExitCode::device, "--device ", name, ": ", device.name, " has compute capability ", device.major, ".",
          device.minor, "; needed is ", kOldestCudaMajor, ".0 (Ampere) or newer; use --device cpu");

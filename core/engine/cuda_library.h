@@ -12,9 +12,9 @@ namespace pyra::engine {
 
 /// One GPU as the driver describes it.
 struct CudaDevice {
-  std::string name{};        ///< "NVIDIA H100 80GB HBM3"
-  int major = 0, minor = 0;  ///< compute capability
-  int64_t memory_bytes = 0, free_bytes = 0;
+  std::string name{};                        ///< "NVIDIA H100 80GB HBM3"
+  int major = 0, minor = 0;                  ///< compute capability
+  int64_t memory_bytes = 0, free_bytes = 0;  ///< free_bytes only from devices()
   int multiprocessors = 0;
   int clock_mhz = 0;     ///< the highest of the multiprocessors
   std::string driver{};  ///< the CUDA version that the driver supports: "13.0"
@@ -24,7 +24,7 @@ struct CudaDevice {
 struct CudaApi {
   const char* tag;
   int (*device_count)();
-  CudaDevice (*describe)(int index);
+  CudaDevice (*describe)(int index, bool free_memory);  ///< asking for the free memory starts a context there
   Engine* (*make_engine)(const nn::Vit&, const nn::Preprocess&, const EngineOptions&, int index);
 };
 /// The oldest compute capability that the kernels are built for.
@@ -40,6 +40,8 @@ class CudaLibrary {
   [[nodiscard]] bool available() const { return api_ != nullptr; }
   [[nodiscard]] const std::string& absent_because() const { return absent_because_; }
   [[nodiscard]] std::vector<CudaDevice> devices() const;
+  /// Whether --device auto means the first GPU: it is there and new enough.
+  [[nodiscard]] bool first_is_usable() const;
   /// Throws Error(device) when the library, the device ("cuda:INDEX") or its compute capability is missing.
   void check_device(const std::string& device) const;
   /// check_device() first.

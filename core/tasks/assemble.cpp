@@ -107,10 +107,7 @@ int64_t parameter_count(const Model& model) {
 std::string resolve_device(const std::string& device) {
   if (device == "cpu") return device;
   const engine::CudaLibrary& cuda = engine::cuda_library();
-  if (device == "auto") {
-    const auto devices = cuda.devices();
-    return !devices.empty() && devices[0].major >= engine::kOldestCudaMajor ? "cuda:0" : "cpu";
-  }
+  if (device == "auto") return cuda.first_is_usable() ? "cuda:0" : "cpu";
   const bool known = device == "cuda" || (device.starts_with("cuda:") && device.size() > 5 && device.size() < 9 &&
                                           device.find_first_not_of("0123456789", 5) == std::string::npos);
   if (!known) fail(ExitCode::usage, "--device ", device, ": expected auto, cpu, cuda or cuda:N");

@@ -175,7 +175,7 @@ EvalResult evaluate(const EvalOptions& options, const host::PluginRegistry& plug
 
   data::SplitReader reader(dataset, options.split, model.file.preprocess,
                            options.skip_bad_images ? data::BadImages::skip : data::BadImages::fail);
-  const auto engine = make_engine(model, device, precision);
+  const auto engine = make_engine(model, device, precision, options.run.exact_gelu);
   Score score(result, options);
   Pipeline pipeline(*engine, score, predictions);
   const auto start = Clock::now();

@@ -62,7 +62,7 @@ std::vector<Prediction> predict(const PredictOptions& options, const host::Plugi
   const Model model = load_for_running(options.run, plugins);
   const nn::Preprocess& preprocess = model.file.preprocess;
   const std::string device = resolve_device(options.run.device);
-  const auto engine = make_engine(model, device, resolve_precision(options.run.dtype, device));
+  const auto engine = make_engine(model, device, resolve_precision(options.run.dtype, device), options.run.exact_gelu);
   const std::vector<std::filesystem::path> paths =
       options.bytes ? std::vector{options.input} : images_of(options.input);
   const auto total = int64_t(paths.size());

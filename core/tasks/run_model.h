@@ -17,6 +17,7 @@ struct RunOptions {
   std::filesystem::path model;
   std::string device = "auto";  ///< auto, cpu, cuda[:i]
   std::string dtype = "auto";   ///< auto, fp32, bf16 …
+  bool exact_gelu = false;      ///< a GPU's bf16 and fp16: GELU by erf instead of its tanh form
   /// "key=value": merge.name ("none" takes the merger out), merge.schedule, merge.proportional_attention, the merger's
   /// own parameters, preprocess.size, .resize, .mean, .std.
   std::vector<std::string> set;

@@ -304,7 +304,7 @@ int device_count() {
   return count;
 }
 
-CudaDevice describe(int index) {
+CudaDevice describe(int index, bool free_memory) {
   cudaDeviceProp properties{};
   PYRA_CUDA(cudaGetDeviceProperties(&properties, index));
   CudaDevice device{.name = properties.name,
@@ -317,6 +317,7 @@ CudaDevice describe(int index) {
   PYRA_CUDA(cudaDriverGetVersion(&driver));
   device.clock_mhz = khz / 1000;
   device.driver = cat(driver / 1000, ".", driver % 1000 / 10);
+  if (!free_memory) return device;
   PYRA_CUDA(cudaSetDevice(index));
   size_t free_bytes = 0, total = 0;
   PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
