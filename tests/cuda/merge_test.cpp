@@ -139,10 +139,6 @@ Result run(const Case& c, const Types& types) {
   call.norm_weight = weight.get<float>();
   call.norm_bias = bias.get<float>();
   call.y = y.get();
-  const size_t scratch_floats =
-      c.plan.gate ? kernels::cuda::gate_scratch_floats(call.batch, call.merged, call.channels) : 0;
-  const OnDevice scratch({int64_t(scratch_floats)}, at::kFloat);
-  call.scratch = scratch.get<float>();
   kernels::cuda::merge_tokens(call, nullptr);
   return {x_out.cpu(), sizes_out.cpu(), y.cpu()};
 }

@@ -37,14 +37,6 @@ struct ImageBytes {
   size_t stream, rows, wide, tokens, class_rows, features, logits;
 };
 
-size_t gate_floats(const DeviceModel& model, int batch) {
-  size_t most = 0;
-  for (const DeviceBlock& block : model.blocks)
-    if (block.merge && (block.merge->gate_a || block.merge->kind == DeviceMerge::Kind::by_host))
-      most = std::max(most, cuda::gate_scratch_floats(batch, block.merge->merged, int(model.config.embed_dim)));
-  return most;
-}
-
 }  // namespace
 
 Activations::Activations(const DeviceModel& model, int images) : batch(images) {
@@ -56,22 +48,13 @@ Activations::Activations(const DeviceModel& model, int images) : batch(images) {
   for (DeviceMemory* memory : {&sizes[0], &sizes[1], &keep, &src, &dst, &cosine})
     *memory = DeviceMemory(b * each.tokens);
   class_rows = DeviceMemory(b * each.class_rows);
-  gate_scratch = DeviceMemory(gate_floats(model, images) * 4);
   pooled = DeviceMemory(b * each.features);
   features = DeviceMemory(b * each.features);
   logits = DeviceMemory(b * each.logits);
 }
 
 size_t Activations::bytes_for(const DeviceModel& model, int batch) {
-  return size_t(batch) * ImageBytes(model).total() + gate_floats(model, batch) * 4;
-}
-
-size_t Activations::bytes() const {
-  size_t sum = 0;
-  for (const DeviceMemory* memory : {&stream[0], &stream[1], &rows, &wide, &sizes[0], &sizes[1], &keep, &src, &dst,
-                                     &cosine, &class_rows, &gate_scratch, &pooled, &features, &logits})
-    sum += memory->bytes();
-  return sum;
+  return size_t(batch) * ImageBytes(model).total();
 }
 
 /// Where a pass stands: which of each pair of buffers holds the tokens, how many there are.
@@ -302,8 +285,7 @@ void Forward::merge(State& state, const DeviceBlock& block, int index) {
                        .norm_weight = block.norm2.weight,
                        .norm_bias = block.norm2.bias,
                        .norm_eps = float(model_.config.norm_eps),
-                       .y = memory.rows.get(),
-                       .scratch = memory.gate_scratch.get<float>()};
+                       .y = memory.rows.get()};
   if (HostPlanner* planner = planners_[size_t(index)].get())
     planner->enqueue({.stream = state.x(),
                       .sizes = state.sizes(),

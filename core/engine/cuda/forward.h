@@ -17,7 +17,6 @@ namespace pyra::engine {
 struct Activations {
   Activations() = default;
   Activations(const DeviceModel& model, int batch);
-  [[nodiscard]] size_t bytes() const;
   /// Bytes that a batch of that size would take.
   [[nodiscard]] static size_t bytes_for(const DeviceModel& model, int batch);
 
@@ -26,7 +25,7 @@ struct Activations {
   DeviceMemory rows;                   ///< [B,N,C] compute type: a norm's output, attention's output
   DeviceMemory wide;                   ///< [B,N,max(3C, mlp)] compute type: q, k, v, hidden rows, image patches
   std::array<DeviceMemory, 2> sizes;   ///< [B,N] fp32
-  DeviceMemory keep, src, dst, cosine, class_rows, gate_scratch;
+  DeviceMemory keep, src, dst, cosine, class_rows;
   DeviceMemory pooled, features, logits;  ///< [B,C], [B,C], [B,classes] fp32
 };
 

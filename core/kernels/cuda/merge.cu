@@ -354,11 +354,6 @@ void check(const MergeCall& call) {
 
 }  // namespace
 
-/// Gates live in shared memory; nothing is left for the scratch.
-size_t gate_scratch_floats(int /*batch*/, int /*merged*/, int /*channels*/) {
-  return 0;
-}
-
 void merge_tokens(const MergeCall& given, cudaStream_t stream) {
   MergeCall call = given;
   if (call.merged == 0) call.gate_a = nullptr;  // a gate that opens for no token is no gate

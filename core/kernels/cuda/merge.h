@@ -26,12 +26,7 @@ struct MergeCall {
   const float *norm_weight = nullptr, *norm_bias = nullptr;
   float norm_eps = 1e-6f;
   void* y = nullptr;
-  /// Scratch for a gate: gate_scratch_floats() floats.
-  float* scratch = nullptr;
 };
-
-/// Floats of MergeCall::scratch; 0 without a gate.
-[[nodiscard]] size_t gate_scratch_floats(int batch, int merged, int channels);
 
 /// Everything is summed in fp32 in the order of the plan, so results are bit-equal from run to run and whatever the
 /// companions. channels: a multiple of 8 up to 4096. Indices must have been made by match or rank, or checked. A token
