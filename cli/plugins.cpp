@@ -56,6 +56,7 @@ int info(Session& session, const std::string& name) {
     fail(ExitCode::plugin, "no plugin '", name, "'", did_you_mean(name, found), " (found: ", join(found), ")");
   json document = json::array();
   std::vector<host::PluginInfo> infos;
+  infos.reserve(kinds.size());
   for (const std::string& kind : kinds) infos.push_back(session.plugins().info(kind, name));
   for (const host::PluginInfo& plugin : infos) document.push_back(plugin_json(plugin));
   // Two kinds may share a name; one plugin is one object, which is what scripts expect.

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""clang-tidy (list: .clang-tidy) over core/, cli/ and plugins/; needs a configured build folder. Exits 1 on a finding.
+"""clang-tidy (list: .clang-tidy) over core/, cli/ and plugins/, or the folders named; needs a built build folder.
+Exits 1 on a finding.
 
 LibTorch's headers cost clang-tidy 20 s a file. So the files of a folder are checked as one translation unit, on top of
 a precompiled header; where they do not go together (two files use one name), they are checked one by one.
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,12 +42,15 @@ def flags_of(command):
 
 
 def units():
-    """{(folder, flags): files} from the compilation database."""
+    """{(folder, flags, precompiled header): files} from the compilation database."""
     groups = {}
     for entry in json.loads((BUILD / "compile_commands.json").read_text()):
         file = Path(entry["file"])
-        if file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in ("core", "cli", "plugins"):
-            groups.setdefault((file.parent, flags_of(entry["command"])), []).append(file)
+        ours = file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in ("core", "cli", "plugins")
+        if ours and file.suffix == ".cpp":  # what nvcc compiles is not Clang's C++
+            header = re.search(r"-include (\S+cmake_pch\.hxx)", entry["command"])
+            key = (file.parent, flags_of(entry["command"]), header and header.group(1))
+            groups.setdefault(key, []).append(file)
     return groups
 
 
@@ -53,15 +58,19 @@ def tidy(source, flags):
     return subprocess.run([TIDY, "--quiet", str(source), "--", *flags], capture_output=True, text=True, cwd=ROOT).stdout
 
 
-def check(number, folder, flags, files):
-    if folder.name not in ("cli", "base", "simd"):  # the others read LibTorch's headers
-        pch = WORK / f"pch-{abs(hash(flags))}.pch"
-        if not pch.exists():
-            partial = pch.with_suffix(f".{number}")
-            subprocess.run([CLANG, *flags, "-w", "-x", "c++-header", str(ROOT / "core/pch.h"), "-o", str(partial)],
-                           check=True)
-            partial.rename(pch)
-        flags = (*flags, "-include-pch", str(pch))
+def precompiled(number, header, flags):
+    pch = WORK / f"pch-{abs(hash((header, flags)))}.pch"
+    if not pch.exists():
+        partial = pch.with_suffix(f".{number}")
+        subprocess.run([CLANG, *flags, "-w", "-x", "c++-header", header, "-o", str(partial)], check=True)
+        partial.rename(pch)
+    return pch
+
+
+def check(number, folder, flags, header, files):
+    started = time.monotonic()
+    if header:
+        flags = (*flags, "-include-pch", str(precompiled(number, header, flags)))
     unit = WORK / f"{folder.name}-{number}.cpp"
     unit.write_text("".join(f'#include "{file}"\n' for file in files))
     text = tidy(unit, flags)
@@ -69,7 +78,9 @@ def check(number, folder, flags, files):
         text = "".join(tidy(file, flags) for file in files)
     text = "\n".join(line for line in text.splitlines() if KNOWN not in line)
     code = 1 if re.search(r"(warning|error): .*\[[a-z].*\]", text) else 0
-    print(f"lint: {folder.relative_to(ROOT)}: {len(files)} files, {'ok' if code == 0 else 'FAILED'}", file=sys.stderr)
+    verdict = "ok" if code == 0 else "FAILED"
+    print(f"lint: {folder.relative_to(ROOT)}: {len(files)} files, {time.monotonic() - started:.0f} s, {verdict}",
+          file=sys.stderr)
     return code, text
 
 
@@ -78,7 +89,8 @@ def main():
     WORK.mkdir(parents=True)
     found = 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(check, i, folder, flags, files) for i, ((folder, flags), files) in enumerate(units().items())]
+        jobs = [pool.submit(check, i, *key, files) for i, (key, files) in enumerate(units().items())
+                if not sys.argv[1:] or any(key[0] == ROOT / room for room in sys.argv[1:])]
         for job in jobs:
             code, text = job.result()
             if code:

@@ -14,6 +14,8 @@ template <class... Cases>
 struct Overloaded : Cases... {
   using Cases::operator()...;
 };
+template <class... Cases>
+Overloaded(Cases...) -> Overloaded<Cases...>;  // Clang deduces an aggregate's arguments from version 17 on only
 
 /// `value` in the declared type, or nothing when it is of another; a whole number is a number, not the reverse.
 std::optional<ParameterValue> converted(const ParameterValue& value, const ParameterValue& declared) {
@@ -79,6 +81,7 @@ std::string to_text(const ParameterValue& value) {
                  [](const std::string& text) { return cat(std::quoted(text)); },
                  [](const std::vector<std::string>& items) {
                    std::vector<std::string> quoted;
+                   quoted.reserve(items.size());
                    for (const std::string& item : items) quoted.push_back(cat(std::quoted(item)));
                    return cat('[', join(quoted), ']');
                  }},

@@ -54,6 +54,7 @@ std::string program_output(const std::filesystem::path& program, std::vector<std
   const Capture out, err;
   arguments.insert(arguments.begin(), program.string());
   std::vector<char*> argv;
+  argv.reserve(arguments.size() + 1);
   for (std::string& argument : arguments) argv.push_back(argument.data());
   argv.push_back(nullptr);
 
