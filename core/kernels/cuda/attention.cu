@@ -153,8 +153,10 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kMinBlocks) attend(co
                              classed ? logits + key : nullptr);
     }
     if (active) {
-      float* class_row = job.call.class_rows + (size_t(image) * job.call.heads + first_head + head) * tokens;
-      tile.finish(out + head * Tile::kDim, first, tokens, job.channels, classed ? logits : nullptr, class_row);
+      const size_t row = (size_t(image) * job.call.heads + first_head + head) * tokens;  // of what has one of each head
+      float* log_sum = job.call.log_sum == nullptr ? nullptr : job.call.log_sum + row;
+      tile.finish(out + head * Tile::kDim, first, tokens, job.channels, classed ? logits : nullptr,
+                  job.call.class_rows + row, log_sum);
     }
   }
 }
@@ -310,8 +312,8 @@ void check(const AttentionCall& call) {
   if (call.qkv == nullptr || call.out == nullptr || !aligned(call.qkv, 16) || !aligned(call.out, 16)) {
     fail(ExitCode::usage, "attention: qkv and out must be given, at addresses that 16 divides");
   }
-  if (!aligned(call.sizes, 4) || !aligned(call.class_rows, 4)) {
-    fail(ExitCode::usage, "attention: sizes and class_rows must lie at addresses that 4 divides");
+  if (!aligned(call.sizes, 4) || !aligned(call.class_rows, 4) || !aligned(call.log_sum, 4)) {
+    fail(ExitCode::usage, "attention: sizes, class_rows and log_sum must lie at addresses that 4 divides");
   }
 }
 

@@ -9,6 +9,8 @@ struct AttentionCall {
   const float* sizes = nullptr;  ///< [B,N] fp32, positive, or null: log(size) of a key is added to its logits
   void* out = nullptr;           ///< [B,N,C] of `dtype`, heads side by side
   float* class_rows = nullptr;   ///< [B,H,N] fp32 or null: the class row's (query 0's) probabilities, head by head
+  float* log_sum = nullptr;  ///< [B,H,N] fp32 or null: log2 of a query's sum of 2^(q k log2(e) / sqrt(D) + log2(size)),
+                             ///< so that a probability is 2^(that exponent - log_sum): what backward starts from
   int batch = 0, tokens = 0, heads = 0, head_dim = 0;
   DType dtype = DType::bf16;  ///< fp32 is true fp32 throughout; bf16 and fp16 multiply on tensor cores, sums are fp32
 };

@@ -89,9 +89,10 @@ class MmaTile {
     multiply_values<Pairs>(s, values);
   }
 
-  /// Divides, stores the rows that exist and, where `logits` were kept, row 0's probabilities.
+  /// Divides, stores the rows that exist and, where `logits` were kept, row 0's probabilities; `log_sum`, if any, takes
+  /// the logarithms of the head's sums.
   __device__ __forceinline__ void finish(T* out, int first, int tokens, int pitch, const float* logits,
-                                         float* class_row) {
+                                         float* class_row, float* log_sum) {
 #pragma unroll
     for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -112,6 +113,14 @@ class MmaTile {
       for (int half = 0; half < 2; ++half) {
         const int row = first + 16 * r + 8 * half + quad();
         store_row(out + size_t(row) * pitch, r, half, row < tokens);
+      }
+    if (log_sum == nullptr || lane_in_quad() != 0) return;  // last, when registers are free
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first + 16 * r + 8 * half + quad();
+        if (row < tokens) log_sum[row] = top_[r][half] - log2f(sum_[r][half]);
       }
   }
 

@@ -44,10 +44,12 @@ class SimtTile {
   }
 
   __device__ __forceinline__ void finish(float* out, int first, int tokens, int pitch, const float* logits,
-                                         float* class_row) {
+                                         float* class_row, float* log_sum) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       for (int step = 1; step < 8; step *= 2) sum_[i] += __shfl_xor_sync(kAllLanes, sum_[i], step);
+      const int row = first + 4 * group() + i;
+      if (log_sum != nullptr && column() == 0 && row < tokens) log_sum[row] = top_[i] + log2f(sum_[i]);
       sum_[i] = 1.f / sum_[i];
     }
     if (logits != nullptr) {

@@ -17,28 +17,22 @@
 // tokens, slower for the rest); fetching the next head to L2 (20 % slower for 197: what was fetched is evicted); maxima
 // of half the keys while the others multiply; weights of half the keys multiplied while the others are raised (the
 // compiler spills and serialises); maps that promote to 256 bytes in L2 (1 to 3 % slower).
-#include <cuda.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 
 #include "base/error.h"
-#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/attention_hopper.cuh"
 #include "kernels/cuda/attention_paths.h"
-#include "kernels/cuda/attention_wgmma.cuh"
 
 namespace pyra::kernels::cuda {
 namespace {
-
-constexpr int kGroup = 128;  ///< threads of a warpgroup
-constexpr int kHeadDim = 64, kTile = 64, kRowBytes = 2 * kHeadDim;
 
 struct HopperJob {
   CUtensorMap all_keys, some_queries;  ///< qkv as [image, row, channel], in boxes of a head's keys and of a tile
   const float* sizes;
   void* out;
-  float* class_rows;
+  float *class_rows, *log_sum;
   int tokens, heads, splits;
   float scale;  ///< of a product, to powers of two
 };
@@ -118,9 +112,10 @@ struct HopperRows {
 
   /// Logits to weights 2^(logit - the row's highest), and their sums, inverted. The highest is sought after scale and
   /// bias or, where keys are not `Sized` and the bias only says which do not exist, before: the scale goes into the
-  /// subtraction then.
+  /// subtraction then. `log_sum`, if any, takes the logarithms of the sums, at the place of the thread's row `own` and
+  /// 8 further, as far as these are less than `tokens`.
   template <bool Sized>
-  __device__ __forceinline__ void weigh(const float* bias, float scale) {
+  __device__ __forceinline__ void weigh(const float* bias, float scale, float* log_sum, int own, int tokens) {
     float high[2][2], sums[2][2] = {};  // of even and of odd keys, so that two chains run
 #pragma unroll
     for (int i = 0; i < 4; ++i) high[i / 2][i % 2] = kLowest;
@@ -157,6 +152,8 @@ struct HopperRows {
       float all = sums[row][0] + sums[row][1];
       all += __shfl_xor_sync(kAllLanes, all, 1);
       all += __shfl_xor_sync(kAllLanes, all, 2);
+      if (log_sum != nullptr && threadIdx.x % 4 == 0 && own + 8 * row < tokens)
+        log_sum[own + 8 * row] = top[row] + log2f(all);
       sum[row] = 1.f / all;
     }
   }
@@ -189,25 +186,6 @@ struct HopperRows {
       }
   }
 };
-
-/// Row `half` of the thread's two, its lanes 16 bytes each.
-template <class T>
-__device__ __forceinline__ void store_half(T* to, const float (&out)[kHeadDim / 2], int half, float inverse,
-                                           bool exists) {
-#pragma unroll
-  for (int block = 0; block < kHeadDim / 32; ++block) {
-    uint32_t word[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float* pair = out + 4 * (4 * block + i) + 2 * half;
-      word[i] = pack_pair(T{}, pair[0] * inverse, pair[1] * inverse);
-    }
-    transpose_quad(word);
-    if (exists)
-      *reinterpret_cast<uint4*>(to + 32 * block + 8 * (threadIdx.x % 4)) =
-          make_uint4(word[0], word[1], word[2], word[3]);
-  }
-}
 
 /// The row at which a tile is loaded. A last tile that has rows for some warps only starts early, by as many warps'
 /// rows as the block's number tells, so that every scheduler gets its share of such tiles.
@@ -261,7 +239,11 @@ __global__ void __launch_bounds__(kGroup, Blocks) attend_hopper(const __grid_con
       __syncthreads();  // no warp reads these queries any more
       if (threadIdx.x == 0) load_queries(start_of(tile + job.splits, job.tokens));
     }
-    if (wanted) rows.template weigh<Sized>(bias, job.scale);
+    if (wanted) {
+      float* log_sum = job.log_sum;
+      if (log_sum != nullptr) log_sum += (size_t(image) * job.heads + head) * job.tokens;
+      rows.template weigh<Sized>(bias, job.scale, log_sum, first + threadIdx.x % kWarp / 4, job.tokens);
+    }
     if (first == 0 && job.class_rows != nullptr && threadIdx.x % kWarp < 4)
       rows.store_class_row(job.class_rows + (size_t(image) * job.heads + head) * job.tokens, job.tokens);
     if (round == 0) await_phase(values_there, 0);
@@ -283,66 +265,6 @@ template <class T, int Keys, bool Sized, int Blocks>
 __global__ void __launch_bounds__(kWarp) attend_hopper(const __grid_constant__ HopperJob) {}
 
 #endif
-
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/// The driver's function, which libcudart has no word for; null where the driver lacks it.
-Encode encoder() {
-  static const Encode found = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-    if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) {
-      (void)cudaGetLastError();
-      entry = nullptr;
-    }
-    return reinterpret_cast<Encode>(entry);
-  }();
-  return found;
-}
-
-CUtensorMap map_of(const AttentionCall& call, int rows) {
-  const auto channels = cuuint64_t(3) * call.heads * kHeadDim;
-  const cuuint64_t sizes[] = {channels, cuuint64_t(call.tokens), cuuint64_t(call.batch)};
-  const cuuint64_t strides[] = {channels * 2, channels * 2 * call.tokens};
-  const cuuint32_t box[] = {kHeadDim, cuuint32_t(rows), 1}, steps[] = {1, 1, 1};
-  const auto type = call.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  CUtensorMap map;
-  const CUresult status =
-      encoder()(&map, type, 3, const_cast<void*>(call.qkv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    fail(ExitCode::device, "attention: the driver refuses a map of ", call.batch, " images of ", call.tokens,
-         " tokens and ", call.heads, " heads (error ", int(status), ")");
-  }
-  return map;
-}
-
-struct HopperDevice {
-  bool usable = false;
-  int processors = 0;
-};
-
-/// The current device, asked once.
-HopperDevice hopper_device() {
-  static std::atomic<int> known[64];  // 0: not asked, -1: not usable, else its multiprocessors
-  int device = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  if (device >= 64) return {};
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    int major = 0, minor = 0, processors = 0;
-    PYRA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    PYRA_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    PYRA_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    answer = major == 9 && minor == 0 && encoder() != nullptr ? processors : -1;
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return {answer > 0, std::max(answer, 0)};
-}
 
 /// Whether the program holds the kernel for this device, which then may use the shared memory it needs. Asked once.
 template <class T, int Keys, bool Sized, int Blocks>
@@ -377,8 +299,17 @@ bool launch_hopper(const AttentionCall& call, int processors, cudaStream_t strea
          " heads are more than one launch takes");
   }
   const auto scale = float(1.4426950408889634 / std::sqrt(double(kHeadDim)));
-  const HopperJob job{map_of(call, Keys), map_of(call, kTile), call.sizes, call.out, call.class_rows,
-                      call.tokens,        call.heads,          splits,     scale};
+  const int channels = 3 * call.heads * kHeadDim;
+  const HopperJob job{map_of(call.qkv, channels, call.tokens, call.batch, Keys, call.dtype),
+                      map_of(call.qkv, channels, call.tokens, call.batch, kTile, call.dtype),
+                      call.sizes,
+                      call.out,
+                      call.class_rows,
+                      call.log_sum,
+                      call.tokens,
+                      call.heads,
+                      splits,
+                      scale};
   attend_hopper<T, Keys, Sized, Blocks><<<unsigned(heads * splits), kGroup, HopperShape<Keys>::kShared, stream>>>(job);
   PYRA_CUDA_LAUNCHED();
   return true;

@@ -27,9 +27,24 @@ cudaDataType_t data_type(DType dtype) {
   return dtype == DType::fp32 ? CUDA_R_32F : dtype == DType::bf16 ? CUDA_R_16BF : CUDA_R_16F;
 }
 
-std::array<int64_t, 8> shape_of(const LinearCall& call) {
-  return {call.rows,        call.in,        call.out,           int(call.compute),
-          int(call.result), int(call.math), int(call.epilogue), (call.bias ? 1 : 0) + (call.residual ? 2 : 0)};
+struct Strides {
+  explicit Strides(const LinearCall& call)
+      : x(call.x_stride ? call.x_stride : call.in),
+        weight(call.weight_stride ? call.weight_stride
+               : call.transposed  ? call.out
+                                  : call.in),
+        y(call.y_stride ? call.y_stride : call.out) {}
+  int x, weight, y;
+};
+
+std::array<int64_t, 12> shape_of(const LinearCall& call) {
+  const Strides strides(call);
+  return {call.rows,          call.in,
+          call.out,           int(call.compute),
+          int(call.result),   int(call.math),
+          int(call.epilogue), (call.bias ? 1 : 0) + (call.residual ? 2 : 0) + (call.transposed ? 4 : 0),
+          strides.x,          strides.weight,
+          strides.y,          0};
 }
 
 template <class T>
@@ -38,7 +53,16 @@ void set(cublasLtMatmulDesc_t description, cublasLtMatmulDescAttributes_t attrib
 }
 
 cublasLtEpilogue_t epilogue_of(const LinearCall& call) {
-  if (call.epilogue == Epilogue::gelu_tanh) return call.bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
+  switch (call.epilogue) {
+    case Epilogue::gelu_tanh:
+      return call.bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
+    case Epilogue::gelu_tanh_keep:
+      return call.bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
+    case Epilogue::gelu_tanh_back:
+      return CUBLASLT_EPILOGUE_DGELU;
+    case Epilogue::none:
+      break;
+  }
   return call.bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
 }
 
@@ -59,16 +83,23 @@ struct LinearRunner::Plan {
     const auto compute = data_type(call.compute), result = data_type(call.result);
     PYRA_BLAS(cublasLtMatmulDescCreate(
         &description, call.math == MatrixMath::tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    set(description, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+    set(description, CUBLASLT_MATMUL_DESC_TRANSA, call.transposed ? CUBLAS_OP_N : CUBLAS_OP_T);
     set(description, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue_of(call));
     if (call.bias) {
       set(description, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, result);
       set(description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, call.bias);  // replaced at every launch
     }
+    const Strides strides(call);
+    if (call.activation) {
+      set(description, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, call.activation);  // likewise
+      set(description, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(strides.y));
+      set(description, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, compute);
+    }
     const auto in = uint64_t(call.in), out = uint64_t(call.out), rows = uint64_t(call.rows);
-    PYRA_BLAS(cublasLtMatrixLayoutCreate(&weight, compute, in, out, int64_t(in)));
-    PYRA_BLAS(cublasLtMatrixLayoutCreate(&x, compute, in, rows, int64_t(in)));
-    PYRA_BLAS(cublasLtMatrixLayoutCreate(&y, result, out, rows, int64_t(out)));
+    PYRA_BLAS(cublasLtMatrixLayoutCreate(&weight, compute, call.transposed ? out : in, call.transposed ? in : out,
+                                         strides.weight));
+    PYRA_BLAS(cublasLtMatrixLayoutCreate(&x, compute, in, rows, strides.x));
+    PYRA_BLAS(cublasLtMatrixLayoutCreate(&y, result, out, rows, strides.y));
   }
   ~Plan() {
     for (cublasLtMatrixLayout_t layout : {weight, x, y})
@@ -98,6 +129,7 @@ cublasStatus_t LinearRunner::launch(const Plan& plan, const cublasLtMatmulAlgo_t
                                     cudaStream_t stream) const {
   const float one = 1, beta = call.residual ? 1 : 0;
   if (call.bias) set(plan.description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, call.bias);
+  if (call.activation) set(plan.description, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, call.activation);
   return cublasLtMatmul(handle_, plan.description, &one, call.weight, plan.weight, call.x, plan.x, &beta,
                         call.residual ? call.residual : call.y, plan.y, call.y, plan.y, &algorithm, workspace_,
                         kWorkspace, stream);

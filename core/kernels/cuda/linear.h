@@ -1,4 +1,4 @@
-// Linear layers on the device by cuBLASLt: y = act(x Wᵀ + b), or residual + x Wᵀ + b.
+// Linear layers on the device by cuBLASLt: y = act(x Wᵀ + b), or residual + x Wᵀ + b; and their way back, x W.
 //
 // Of the algorithms that cuBLASLt proposes for a shape, each is timed once and the fastest kept, in a file too
 // (gemm_cache.h), so that later processes run the same one: a result is then bit-equal from run to run.
@@ -21,16 +21,22 @@ enum class MatrixMath {
 
 enum class Epilogue {
   none,
-  gelu_tanh,  ///< GELU's tanh form, inside the matrix product. Up to 4.7e-4 from the exact one
+  gelu_tanh,       ///< GELU's tanh form, inside the matrix product. Up to 4.7e-4 from the exact one
+  gelu_tanh_keep,  ///< likewise, and what it was applied to is kept in `activation` for the way back
+  gelu_tanh_back,  ///< y = (x W) gelu'(activation)
 };
 
+/// Rows of a matrix may lie further apart than they are long: LoRA's thin product stands in the columns behind.
 struct LinearCall {
   const void* x = nullptr;         ///< [rows,in] of `compute`
-  const void* weight = nullptr;    ///< [out,in] of `compute`
+  const void* weight = nullptr;    ///< [out,in] of `compute`; [in,out] if `transposed`
   const void* bias = nullptr;      ///< [out] of y's type, or null
   const void* residual = nullptr;  ///< [rows,out] of `result`, or null; may be y
   void* y = nullptr;               ///< [rows,out] of `result`
+  void* activation = nullptr;      ///< [rows,out] of `compute`, y's stride: see Epilogue
   int rows = 0, in = 0, out = 0;
+  int x_stride = 0, weight_stride = 0, y_stride = 0;  ///< elements from row to row; 0: none is left out
+  bool transposed = false;  ///< y = x W of the layer whose weight this is: the gradient of its input
   DType compute = DType::bf16, result = DType::bf16;
   MatrixMath math = MatrixMath::exact;
   Epilogue epilogue = Epilogue::none;
@@ -60,7 +66,7 @@ class LinearRunner {
   cublasLtHandle_t handle_ = nullptr;
   void* workspace_ = nullptr;
   std::shared_ptr<GemmCache> cache_;
-  std::map<std::array<int64_t, 8>, std::unique_ptr<Plan>> plans_;
+  std::map<std::array<int64_t, 12>, std::unique_ptr<Plan>> plans_;
 };
 
 }  // namespace pyra::kernels::cuda

@@ -273,7 +273,11 @@ __device__ __forceinline__ void merge_row(const MergeCall& call, int image, cons
     for (int i = again.next(); i >= 0; i = again.next()) add_source<S>(call, image, s, i, divisor, row, lane);
     store_row<T, S::kWidth>(x_out, row, S::channels(call), lane);
   }
-  normalise<S::kWidth>(row, S::channels(call), call.norm_eps, lane);
+  const float inverse = normalise<S::kWidth>(row, S::channels(call), call.norm_eps, lane);
+  if (call.normalised) {
+    store_row<Y, S::kWidth>(static_cast<Y*>(call.normalised) + to, row, S::channels(call), lane);
+    if (lane == 0) call.inverse_deviation[output] = inverse;
+  }
   store_affine<Y, S::kWidth>(rows, call.norm_weight, call.norm_bias, S::channels(call), lane,
                              static_cast<Y*>(call.y) + to, 0);
 }

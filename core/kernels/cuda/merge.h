@@ -26,6 +26,9 @@ struct MergeCall {
   const float *norm_weight = nullptr, *norm_bias = nullptr;
   float norm_eps = 1e-6f;
   void* y = nullptr;
+  /// For the way back, both or neither: [B,K,C] of `compute` = (x_out - mean) / deviation, and [B,K] 1 / deviation.
+  void* normalised = nullptr;
+  float* inverse_deviation = nullptr;
 };
 
 /// Everything is summed in fp32 in the order of the plan, so results are bit-equal from run to run and whatever the

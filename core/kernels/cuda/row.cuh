@@ -146,9 +146,10 @@ __device__ __forceinline__ float quotient(float x, float y) {
   return __fmaf_rn(__fmaf_rn(-y, first, x), inverse, first);
 }
 
-/// (row - mean) / deviation, mean first and then squared deviations; vectors beyond the row stay out of both.
+/// (row - mean) / deviation, mean first and then squared deviations; vectors beyond the row stay out of both. Returns
+/// 1 / deviation.
 template <int kWidth, int kValues>
-__device__ __forceinline__ void normalise(float (&row)[kValues], int channels, float eps, int lane) {
+__device__ __forceinline__ float normalise(float (&row)[kValues], int channels, float eps, int lane) {
   if (channels < kValues * kWarp) {
 #pragma unroll
     for (int v = 0; v < kValues; ++v)
@@ -166,6 +167,7 @@ __device__ __forceinline__ void normalise(float (&row)[kValues], int channels, f
   const float inverse = rsqrtf(__fadd_rn(variance, eps));
 #pragma unroll
   for (int v = 0; v < kValues; ++v) row[v] = __fmul_rn(row[v], inverse);
+  return inverse;
 }
 
 /// y = normalised * weight + bias for kRows rows at once: the parameters are read once for all. Rows go to `y`,

@@ -1,0 +1,13 @@
+// The gradient of attention: its way for one device only, which attention_backward() asks before it goes the way that
+// is open to all.
+#pragma once
+#include "kernels/cuda/attention_backward.h"
+
+namespace pyra::kernels::cuda {
+
+/// Hopper's way (compute capability 9.0 exactly): 2-byte types, heads of 64 channels, up to 208 tokens. False where it
+/// does not take a call, which depends on these and the device alone, never on the batch. A device that
+/// PYRA_CUDA_SHARED_MEMORY makes stand for a smaller one counts as that smaller one. The call has been checked.
+[[nodiscard]] bool attention_backward_sm90(const AttentionBackwardCall& call, cudaStream_t stream);
+
+}  // namespace pyra::kernels::cuda
