@@ -51,7 +51,7 @@ std::string fixed(double value, int digits) {
 void write_report(std::ostream& out, const tasks::FinetuneReport& r) {
   out << "accuracy    " << percent(r.accuracy) << " of " << r.test_images << " images (" << r.test_split
       << ", protocol " << r.protocol << (r.test_selected ? ", chosen on the test split" : "") << ")\n"
-      << "model       " << r.arch << ", " << r.merge << ", " << r.peft << ", " << r.dtype << "\n"
+      << "model       " << r.arch << ", " << r.merge << ", " << r.peft << ", " << r.dtype << " on " << r.device << "\n"
       << "parameters  " << grouped(r.parameters) << ", trained " << grouped(r.trained_parameters) << "\n"
       << "MACs        " << grouped(r.macs) << " an image\n"
       << "training    " << r.steps << " steps, " << fixed(r.train_seconds, 1) << " s, " << fixed(r.images_per_second, 1)
@@ -64,8 +64,8 @@ void write_report(std::ostream& out, const tasks::FinetuneReport& r) {
 }
 
 void write_dry_run(std::ostream& out, const tasks::DryRunReport& r) {
-  out << "model       " << r.arch << ", " << r.merge << ", " << r.peft << ", " << r.dtype << ", " << r.image_size
-      << " px\n"
+  out << "model       " << r.arch << ", " << r.merge << ", " << r.peft << ", " << r.dtype << " on " << r.device << ", "
+      << r.image_size << " px\n"
       << "tokens      " << join(r.tokens, " ") << "\n"
       << "parameters  " << grouped(r.parameters) << ", MACs " << grouped(r.macs) << " an image\n";
   for (const auto& [group, count] : r.trained) {
@@ -76,14 +76,17 @@ void write_dry_run(std::ostream& out, const tasks::DryRunReport& r) {
       << "training    " << r.steps << " steps of " << r.batch << " images, protocol " << r.protocol << "\n"
       << "time        one step took " << fixed(r.step_seconds, 3) << " s; about " << fixed(r.estimated_seconds, 0)
       << " s in all\n"
-      << "memory      " << fixed(double(r.peak_memory_bytes) / (1 << 20), 0) << " MiB at most so far\n"
+      << "memory      " << fixed(double(r.peak_memory_bytes) / (1 << 20), 0) << " MiB at most so far";
+  if (r.device_memory_bytes > 0)
+    out << ", " << fixed(double(r.device_memory_bytes) / (1 << 20), 0) << " MiB on the GPU";
+  out << "\n"
       << "nothing was written\n";
 }
 
 int run(const Options& o, Session& session) {
-  tasks::check_cpu_only(session.globals.device, "training");
   tasks::FinetuneOptions options;
   options.recipe = read_recipe(o, session.globals);
+  options.device = session.globals.device;
   options.resume = o.resume;
   options.bad_images = o.bad_images == "skip" ? data::BadImages::skip : data::BadImages::fail;
   if (o.dry_run) {
@@ -116,9 +119,9 @@ void add_finetune(CLI::App& root, Session& session) {
   command->add_flag("--resume", options->resume, "Go on with the run in --out from its last checkpoint");
   command->add_flag("--dry-run", options->dry_run, "Open and check everything, do one step, write nothing");
   command->footer(R"(
---set changes any key of the recipe. Ctrl-C saves within a step and exits with 130; --resume then goes on, and on the
-CPU the end is the same to the last bit as without the break (train.max_seconds = 0, equal number of threads). A run
-that diverges exits with 7 and keeps its last good checkpoint.
+--set changes any key of the recipe. Ctrl-C saves within a step and exits with 130; --resume then goes on, and the end is
+the same to the last bit as without the break (train.max_seconds = 0; the same GPU and its chosen algorithms in
+~/.cache/pyra, or an equal number of threads). A run that diverges exits with 7 and keeps its last good checkpoint.
 
 Examples:
   pyractl finetune --recipe recipes/fashion_mnist_pyra.toml --out runs/first

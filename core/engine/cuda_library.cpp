@@ -93,6 +93,13 @@ std::unique_ptr<Engine> CudaLibrary::make_engine(const nn::Vit& model, const nn:
   return std::unique_ptr<Engine>(api_->make_engine(model, preprocess, options, device_index(options.device)));
 }
 
+std::unique_ptr<Trainer> CudaLibrary::make_trainer(nn::Vit& model, const TrainingImages& images,
+                                                   const nn::Preprocess& preprocess,
+                                                   const TrainerOptions& options) const {
+  check_device(options.device);
+  return std::unique_ptr<Trainer>(api_->make_trainer(model, images, preprocess, options, device_index(options.device)));
+}
+
 const CudaLibrary& cuda_library() {
   static const CudaLibrary library;
   return library;

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/engine.h"
+#include "engine/trainer.h"
 #include "sdk/plugin.h"
 
 namespace pyra::engine {
@@ -26,6 +26,7 @@ struct CudaApi {
   int (*device_count)();
   CudaDevice (*describe)(int index, bool free_memory);  ///< asking for the free memory starts a context there
   Engine* (*make_engine)(const nn::Vit&, const nn::Preprocess&, const EngineOptions&, int index);
+  Trainer* (*make_trainer)(nn::Vit&, const TrainingImages&, const nn::Preprocess&, const TrainerOptions&, int index);
 };
 /// The oldest compute capability that the kernels are built for.
 inline constexpr int kOldestCudaMajor = 8;
@@ -47,6 +48,9 @@ class CudaLibrary {
   /// check_device() first.
   [[nodiscard]] std::unique_ptr<Engine> make_engine(const nn::Vit& model, const nn::Preprocess& preprocess,
                                                     const EngineOptions& options) const;
+  [[nodiscard]] std::unique_ptr<Trainer> make_trainer(nn::Vit& model, const TrainingImages& images,
+                                                      const nn::Preprocess& preprocess,
+                                                      const TrainerOptions& options) const;
 
  private:
   const CudaApi* api_ = nullptr;

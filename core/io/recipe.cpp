@@ -66,7 +66,7 @@ const Keys& recipe_keys() {
        }},
       {"dtype",
        [](Recipe& r, const TomlValue& v) {
-         r.dtype = v.choice({"fp32", "bf16"});
+         r.dtype = v.choice({"auto", "fp32", "tf32", "bf16"});
        }},
       {"new_head", [](Recipe& r, const TomlValue& v) { r.new_head = v.boolean(); }},
       {"train.epochs", [](Recipe& r, const TomlValue& v) { r.train.epochs = v.integer(1, kMaxEpochs); }},
@@ -264,6 +264,7 @@ Recipe read_recipe(const std::filesystem::path& file, const std::vector<std::str
   recipe.file = file;
   if (!file.empty()) read_file_into(recipe, file);
   std::vector<Override> changes;
+  changes.reserve(overrides.size());
   for (const std::string& text : overrides) changes.push_back(parse_override(text));
   // Another plugin takes the file's parameters with it, but not those that --set gives, before or after.
   for (const bool names : {true, false}) {

@@ -77,7 +77,7 @@ std::string to_toml(const Recipe& recipe) {
   out.add_path("out", recipe.out);
   out.add("seed", recipe.seed);
   out.add("protocol", recipe.protocol);
-  out.add("dtype", recipe.dtype);
+  if (!recipe.dtype.empty()) out.add("dtype", recipe.dtype);
   out.add("new_head", recipe.new_head);
   add_train(out, recipe.train);
   out.table("peft");

@@ -9,18 +9,11 @@
 namespace pyra::nn {
 namespace {
 
-// Domains of one step's random numbers: a step has room for 4 linear layers in each of kMaxDepth blocks.
-constexpr uint64_t kSitesPerStep = 4 * uint64_t(kMaxDepth);
-
 /// Stochastic depth: 0 or 1/(1-p) for each image. Undefined when nothing is dropped.
 at::Tensor branch_scale(int64_t batch, double p, const StepRandom& random, int64_t block, int64_t branch) {
   if (p <= 0) return {};
-  const Philox generator(random.seed, RandomStream::drop_path,
-                         random.step * kSitesPerStep + uint64_t(2 * block + branch));
   at::Tensor scale = at::empty({batch}, at::kFloat);
-  float* values = scale.data_ptr<float>();
-  for (int64_t i = 0; i < batch; ++i)
-    values[i] = generator.uniform(uint64_t(i)) < float(p) ? 0.0f : float(1.0 / (1.0 - p));
+  fill_branch_scale(p, random, block, branch, scale.data_ptr<float>(), batch);
   return scale;
 }
 
@@ -42,6 +35,13 @@ kernels::MergeArguments arguments_of(const sdk::MergePlan& plan) {
 }
 
 }  // namespace
+
+void fill_branch_scale(double p, const StepRandom& random, int64_t block, int64_t branch, float* scale, int64_t batch) {
+  const Philox generator(random.seed, RandomStream::drop_path,
+                         random.step * kSitesPerStep + uint64_t(2 * block + branch));
+  for (int64_t i = 0; i < batch; ++i)
+    scale[i] = generator.uniform(uint64_t(i)) < float(p) ? 0.0f : float(1.0 / (1.0 - p));
+}
 
 /// One forward pass: the residual stream and what the blocks need to know of it.
 struct Vit::Pass {
@@ -87,10 +87,9 @@ at::Tensor Vit::Pass::linear(const BlockParts& parts, int64_t index, sdk::Linear
   if (const auto low_rank = peft->method->low_rank(site, peft->learned)) {
     linear_options.low_rank = kernels::LowRankTerm{.a = low_rank->a, .b = low_rank->b, .scale = low_rank->scale};
     if (options.training && low_rank->dropout > 0)
-      linear_options.low_rank->dropout = {
-          .p = low_rank->dropout,
-          .seed = options.random.seed,
-          .domain = options.random.step * kSitesPerStep + uint64_t(4 * index + int64_t(kind))};
+      linear_options.low_rank->dropout = {.p = low_rank->dropout,
+                                          .seed = options.random.seed,
+                                          .domain = options.random.step * kSitesPerStep + dropout_site(index, kind)};
   }
   if (!peft->method->adapts(site)) return kernels::linear(input, layer, linear_options);
 
@@ -141,8 +140,7 @@ void Vit::Pass::block(int64_t index) {
   const MergeSetup* setup = model.merge_.get();
   const bool merges = setup && setup->merger->acts(x.size(1), model.tokens_after_[size_t(index)]);
   const sdk::Needs needs = merges ? setup->merger->needs() : sdk::Needs{};
-  const double drop =
-      options.training && config().depth > 1 ? options.drop_path * double(index) / double(config().depth - 1) : 0.0;
+  const double drop = options.training ? drop_path_rate(options.drop_path, index, config().depth) : 0.0;
   const int64_t dim = config().embed_dim;
   using sdk::LinearKind;
 

@@ -33,6 +33,19 @@ struct Vit::Parts {
   }
 };
 
+/// What is random in a training step, as functions of (seed, step): on the CPU and on a GPU the same.
+/// Domains of one step's random numbers: a step has room for 4 linear layers in each of kMaxDepth blocks.
+inline constexpr uint64_t kSitesPerStep = 4 * uint64_t(kMaxDepth);
+[[nodiscard]] inline uint64_t dropout_site(int64_t block, sdk::LinearKind kind) {
+  return uint64_t(4 * block + int64_t(kind));
+}
+/// Stochastic depth's rate in a block: from 0 to `last`, linearly.
+[[nodiscard]] inline double drop_path_rate(double last, int64_t block, int64_t depth) {
+  return depth > 1 ? last * double(block) / double(depth - 1) : 0.0;
+}
+/// 0 or 1/(1-p) for each image of a branch (0: attention, 1: MLP) of a block.
+void fill_branch_scale(double p, const StepRandom& random, int64_t block, int64_t branch, float* scale, int64_t batch);
+
 /// The linear layers of a model in forward order; for PEFT methods and for merging them.
 [[nodiscard]] std::vector<sdk::LinearSite> linear_sites(const VitConfig& config);
 

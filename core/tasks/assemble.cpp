@@ -116,12 +116,6 @@ std::string resolve_device(const std::string& device) {
   return full;
 }
 
-void check_cpu_only(const std::string& device, const std::string& what) {
-  if (device == "auto" || device == "cpu") return;
-  (void)resolve_device(device);
-  fail(ExitCode::device, "--device ", device, ": ", what, " runs on the CPU in this version; use --device cpu or auto");
-}
-
 engine::Precision resolve_precision(const std::string& dtype, const std::string& device) {
   if (device == "cpu") return compute_dtype(dtype) == at::kBFloat16 ? engine::Precision::bf16 : engine::Precision::fp32;
   using engine::Precision;

@@ -45,8 +45,6 @@ void attach_peft(Model& model, const host::PluginRegistry& plugins, const io::Pl
 /// "auto" | "cpu" | "cuda[:i]" -> "cpu" or "cuda:i"; auto is the first GPU where one answers that is new enough. A GPU
 /// asked for that is not there is Error(device) that says why, another word Error(usage).
 [[nodiscard]] std::string resolve_device(const std::string& device);
-/// For what this version computes on the CPU only (training): Error(device) for a GPU asked for.
-void check_cpu_only(const std::string& device, const std::string& what);
 /// "auto" -> bf16 where the device has it, else fp32; Error(usage) for a dtype it does not do. `device` as resolved.
 [[nodiscard]] engine::Precision resolve_precision(const std::string& dtype, const std::string& device);
 /// The same on the CPU, for training.

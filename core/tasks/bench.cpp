@@ -143,10 +143,7 @@ BenchReport pooled(BenchReport first, const BenchReport& second) {
 }  // namespace
 
 std::string resolve_bench_device(const BenchSettings& settings) {
-  const bool trains = std::ranges::find(settings.modes, "train") != settings.modes.end();
-  if (!trains) return resolve_device(settings.device);
-  check_cpu_only(settings.device, "bench --mode train");
-  return "cpu";
+  return resolve_device(settings.device);
 }
 
 BenchReport run_bench(const BenchSettings& asked, const host::PluginRegistry& plugins, Progress& progress) {

@@ -15,6 +15,7 @@ namespace pyra::tasks {
 namespace {
 
 constexpr uint64_t kSeed = 0;
+constexpr int64_t kEpochSteps = 8;
 
 // Uniform bytes; the same whatever the number of threads.
 at::Tensor random_bytes(at::IntArrayRef shape) {
@@ -126,20 +127,26 @@ BenchSubject train_subject(const std::shared_ptr<Model>& model, const BenchSetti
   BenchRow row = describe(*model, "train", settings, batch);
   const auto scene = std::make_shared<TrainingScene>();
   scene->model = model;
-  scene->images = random_images(batch, model->file.config);
+  // On a GPU the loop waits at the end of an epoch: one of several steps, as real ones have.
+  scene->images = random_images(settings.device == "cpu" ? batch : kEpochSteps * batch, model->file.config);
   train::LoopSettings loop;
   // A rate that hardly changes the weights: random labels must not lead training astray while it is timed.
   loop.schedule = {.peak = 1e-7, .warmup_lr = 1e-7, .min_lr = 1e-7, .warmup_epochs = 0, .epochs = 1 << 30};
   loop.batch = batch;
-  loop.compute = compute_dtype(settings.dtype);
+  loop.device = settings.device;
+  loop.precision = resolve_precision(settings.dtype, settings.device);
   scene->loop = std::make_unique<train::Loop>(*model->vit, scene->images, model->file.preprocess, loop);
   row.trained_params = 0;
-  for (const train::TrainedTensor& tensor : scene->loop->trained()) *row.trained_params += tensor.value.numel();
-  return {.row = row, .time_ms = [scene](int64_t iterations) {
-            const auto start = std::chrono::steady_clock::now();
-            for (int64_t i = 0; i < iterations; ++i) (void)scene->loop->step();
-            return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
-          }};
+  for (const engine::TrainedTensor& tensor : scene->loop->trained()) *row.trained_params += tensor.value.numel();
+  BenchSubject subject{
+      .row = row, .time_ms = [scene](int64_t iterations) {
+        const auto start = std::chrono::steady_clock::now();
+        for (int64_t i = 0; i < iterations; ++i) (void)scene->loop->step();
+        scene->loop->wait();
+        return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+      }};
+  if (settings.device != "cpu") subject.device_bytes = [scene] { return scene->loop->device_bytes(); };
+  return subject;
 }
 
 void attach_asked_peft(Model& model, const BenchSettings& settings, const io::Recipe& asked,

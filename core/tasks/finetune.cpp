@@ -7,7 +7,6 @@
 #include <cstdio>
 
 #include "base/error.h"
-#include "engine/cpu_engine.h"
 #include "io/atomic_file.h"
 #include "io/json.h"
 #include "io/safetensors.h"
@@ -63,7 +62,16 @@ void check_out(const FinetuneOptions& options) {
   }
 }
 
-train::LoopSettings loop_settings(const io::Recipe& recipe, double lr) {
+/// A recipe that says nothing of its dtype means fp32 on the CPU and bf16 on a GPU.
+engine::Precision precision_of(const io::Recipe& recipe, const std::string& device) {
+  if (recipe.dtype.empty()) return device == "cpu" ? engine::Precision::fp32 : engine::Precision::bf16;
+  const engine::Precision precision = resolve_precision(recipe.dtype, device);
+  if (precision == engine::Precision::fp16)
+    fail(ExitCode::usage, "dtype fp16: its gradients vanish without loss scaling; train in bf16");
+  return precision;
+}
+
+train::LoopSettings loop_settings(const io::Recipe& recipe, const std::string& device, double lr) {
   const io::TrainSettings& t = recipe.train;
   return {.schedule = {.peak = lr,
                        .warmup_lr = t.warmup_lr,
@@ -77,7 +85,8 @@ train::LoopSettings loop_settings(const io::Recipe& recipe, double lr) {
           .drop_path = t.drop_path,
           .augment = {.hflip = t.hflip, .random_resized_crop = t.random_resized_crop},
           .seed = uint64_t(recipe.seed),
-          .compute = compute_dtype(recipe.dtype)};
+          .device = device,
+          .precision = precision_of(recipe, device)};
 }
 
 int64_t element_count(const sdk::TensorMap& tensors) {
@@ -117,6 +126,7 @@ class Finetune {
         plugins_(plugins),
         progress_(progress),
         run_{options.recipe.out},
+        device_(resolve_device(options.device)),
         dataset_(data::Dataset::open(recipe_.data, uint64_t(recipe_.seed))),
         plan_(plan_trainings(recipe_, dataset_)),
         model_(make_tuned_model(recipe_, {dataset_.class_names()}, plugins, progress)),
@@ -126,7 +136,8 @@ class Finetune {
                        .model = base_fingerprint(model_),
                        .data = {},
                        .plugins = plugin_versions(model_, plugins),
-                       .threads = at::get_num_threads()};
+                       .threads = at::get_num_threads(),
+                       .device = device_.substr(0, device_.find(':'))};
   }
 
   FinetuneReport run();
@@ -141,10 +152,11 @@ class Finetune {
   void run_training(const Training& training, const train::Checkpoint* checkpoint);
   void one_step(const Training& training, train::Loop& loop);
   [[nodiscard]] bool evaluation_due(const Training& training, const train::Loop& loop) const;
+  [[nodiscard]] std::string precision() const { return engine::precision_name(precision_of(recipe_, device_)); }
   void evaluate(const Training& training, train::Loop& loop);
   [[nodiscard]] std::optional<Evaluation> measure(const std::string& split);
-  void save(const train::Loop& loop);
-  void stop_if_asked(const train::Loop& loop);
+  void save(train::Loop& loop);
+  void stop_if_asked(train::Loop& loop);
   [[nodiscard]] FinetuneReport report() const;
   [[nodiscard]] std::string resume_command() const;
 
@@ -153,6 +165,7 @@ class Finetune {
   const host::PluginRegistry& plugins_;
   Progress& progress_;
   RunFolder run_;
+  std::string device_;
   Clock::time_point start_ = Clock::now();
   data::Dataset dataset_;
   std::vector<Training> plan_;
@@ -166,6 +179,7 @@ class Finetune {
   train::Position last_position_;
   int64_t saved_step_ = -1;
   int64_t images_per_step_ = 0;
+  int64_t device_bytes_ = 0;
   bool resumed_ = false;
 };
 
@@ -252,7 +266,7 @@ void Finetune::run_training(const Training& training, const train::Checkpoint* c
   for (auto& [name, tensor] : live_) tensor.detach().copy_(initial_.find(name)->second);
   best_.clear();
   const double max_seconds = recipe_.train.max_seconds;
-  train::Loop loop(*model_.vit, set, model_.file.preprocess, loop_settings(recipe_, rate_of(training)));
+  train::Loop loop(*model_.vit, set, model_.file.preprocess, loop_settings(recipe_, device_, rate_of(training)));
   images_per_step_ = loop.images_per_step();
   if (checkpoint) {
     sdk::TensorMap tensors;
@@ -284,7 +298,9 @@ void Finetune::run_training(const Training& training, const train::Checkpoint* c
     progress_.update(loop.position().step * images_per_step_, train_note(loop, max_seconds));
   }
   progress_.end();
+  loop.settle();
   last_position_ = loop.position();
+  device_bytes_ = loop.device_bytes();
   if (training.keep_best) {
     for (auto& [name, tensor] : live_) tensor.detach().copy_(best_.find(name)->second);
     model_.vit->weights_changed();
@@ -323,6 +339,7 @@ bool Finetune::evaluation_due(const Training& training, const train::Loop& loop)
 }
 
 void Finetune::evaluate(const Training& training, train::Loop& loop) {
+  loop.settle();
   std::optional<Evaluation> seen = measure(training.eval_split);
   if (!seen) stop_if_asked(loop);
   seen->epoch = loop.position().epoch;
@@ -350,13 +367,13 @@ std::optional<Evaluation> Finetune::measure(const std::string& split) {
   const data::ImageSet& set = images(split);
   const int64_t total = set.labels.size(0);
   if (total == 0) fail(ExitCode::input, recipe_.data.string(), ": split '", split, "' has no image to evaluate");
-  engine::CpuEngine engine(*model_.vit, compute_dtype(recipe_.dtype), model_.file.preprocess);
+  const auto engine = make_engine(model_, device_, precision_of(recipe_, device_));
   Evaluation seen{.images = total};
   const auto start = Clock::now();
   for (int64_t first = 0; first < total; first += kEvalBatch) {
     if (pending_signal()) return std::nullopt;
     const int64_t count = std::min(kEvalBatch, total - first);
-    const at::Tensor logits = engine.run(set.images.narrow(0, first, count));
+    const at::Tensor logits = engine->run(set.images.narrow(0, first, count));
     if (!logits.isfinite().all().item<bool>()) {
       fail(ExitCode::untrusted, "the trained model's logits are not finite on split '", split,
            "': training diverged; lower train.lr");
@@ -368,8 +385,8 @@ std::optional<Evaluation> Finetune::measure(const std::string& split) {
   return seen;
 }
 
-void Finetune::save(const train::Loop& loop) {
-  loop.check_finite();
+void Finetune::save(train::Loop& loop) {
+  loop.settle();
   state_.metrics_bytes = log_->synced_size();
   sdk::TensorMap tensors = loop.state();
   if (plan_[size_t(state_.training)].keep_best) {
@@ -380,7 +397,7 @@ void Finetune::save(const train::Loop& loop) {
   saved_step_ = loop.position().step;
 }
 
-void Finetune::stop_if_asked(const train::Loop& loop) {
+void Finetune::stop_if_asked(train::Loop& loop) {
   const int signal_number = pending_signal();
   if (signal_number == 0) return;
   save(loop);
@@ -396,7 +413,8 @@ FinetuneReport Finetune::report() const {
                    .arch = model_.file.config.arch,
                    .merge = merge_label(model_),
                    .peft = peft_label(model_),
-                   .dtype = dtype_name(compute_dtype(recipe_.dtype)),
+                   .device = device_,
+                   .dtype = precision(),
                    .protocol = recipe_.protocol,
                    .test_selected = last.keep_best,
                    .accuracy = state_.best->accuracy,
@@ -419,6 +437,7 @@ FinetuneReport Finetune::report() const {
                    .total_seconds = seconds_since(start_),
                    .seed = recipe_.seed,
                    .threads = state_.identity.threads,
+                   .device_memory_bytes = device_bytes_,
                    .resumed = resumed_};
   for (const auto& [split, set] : sets_) r.skipped_images += int64_t(set.skipped.size());
   return r;
@@ -428,12 +447,13 @@ DryRunReport Finetune::dry_run() {
   const Training& last = plan_.back();
   const double lr = last.lr > 0 ? last.lr : recipe_.train.lr.front();
   const data::ImageSet& set = images(last.train_split);
-  train::Loop loop(*model_.vit, set, model_.file.preprocess, loop_settings(recipe_, lr));
+  train::Loop loop(*model_.vit, set, model_.file.preprocess, loop_settings(recipe_, device_, lr));
   const nn::VitConfig& config = model_.file.config;
   DryRunReport r{.arch = config.arch,
                  .merge = merge_label(model_),
                  .peft = peft_label(model_),
-                 .dtype = dtype_name(compute_dtype(recipe_.dtype)),
+                 .device = device_,
+                 .dtype = precision(),
                  .protocol = recipe_.protocol,
                  .image_size = config.image_size,
                  .tokens = tokens_after(model_),
@@ -456,7 +476,9 @@ DryRunReport Finetune::dry_run() {
     r.steps += std::max<int64_t>(1, n / recipe_.train.batch) * recipe_.train.epochs;
   }
   (void)loop.step();
+  loop.settle();
   r.step_seconds = loop.position().seconds;
+  r.device_memory_bytes = loop.device_bytes();
   r.estimated_seconds = double(r.steps) * r.step_seconds;
   if (const double limit = recipe_.train.max_seconds * double(plan_.size()); limit > 0) {
     r.estimated_seconds = std::min(r.estimated_seconds, limit);

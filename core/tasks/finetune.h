@@ -14,6 +14,7 @@ namespace pyra::tasks {
 
 struct FinetuneOptions {
   io::Recipe recipe;
+  std::string device = "auto";  ///< auto, cpu, cuda[:i]
   /// Go on with the run in recipe.out from its last checkpoint; a changed recipe, model, data set or plugin is refused.
   bool resume = false;
   data::BadImages bad_images = data::BadImages::fail;
@@ -27,7 +28,7 @@ struct Choice {
 
 struct FinetuneReport {
   std::filesystem::path out;
-  std::string arch, merge, peft, dtype;
+  std::string arch, merge, peft, device, dtype;
   std::string protocol;
   bool test_selected = false;  ///< the best of several looks at the test split (protocol paper)
   double accuracy = 0;         ///< on test_split; adapter/ holds the tensors it was measured with
@@ -47,6 +48,7 @@ struct FinetuneReport {
   int64_t skipped_images = 0;
   int64_t seed = 0;
   int threads = 0;
+  int64_t device_memory_bytes = 0;  ///< of the last training on a GPU; 0 on the CPU
   bool resumed = false;
 };
 
@@ -67,7 +69,7 @@ struct FinetuneReport {
 [[nodiscard]] std::string to_json(const FinetuneReport& report);
 
 struct DryRunReport {
-  std::string arch, merge, peft, dtype, protocol;
+  std::string arch, merge, peft, device, dtype, protocol;
   int64_t image_size = 0;
   std::vector<int64_t> tokens;  ///< entering block 0, then leaving every block
   int64_t train_images = 0, test_images = 0, classes = 0;
@@ -77,6 +79,7 @@ struct DryRunReport {
   double step_seconds = 0;                                 ///< one step, really done
   double estimated_seconds = 0;                            ///< training time
   int64_t peak_memory_bytes = 0;                           ///< of this process, that step included
+  int64_t device_memory_bytes = 0;                         ///< of the GPU; 0 on the CPU
 };
 
 /// Opens and checks everything, does one step on one batch, and writes nothing.

@@ -11,6 +11,7 @@ std::string to_json(const FinetuneReport& r) {
                         {"arch", r.arch},
                         {"merge", r.merge},
                         {"peft", r.peft},
+                        {"device", r.device},
                         {"dtype", r.dtype},
                         {"protocol", r.protocol},
                         {"test_selected", r.test_selected},
@@ -35,6 +36,7 @@ std::string to_json(const FinetuneReport& r) {
                         {"skipped_images", r.skipped_images},
                         {"seed", r.seed},
                         {"threads", r.threads},
+                        {"device_memory_bytes", r.device_memory_bytes},
                         {"resumed", r.resumed},
                         {"versions", {{"pyractl", PYRA_VERSION}, {"libtorch", TORCH_VERSION}}}}
       .dump(2);
@@ -47,6 +49,7 @@ std::string to_json(const DryRunReport& r) {
                         {"arch", r.arch},
                         {"merge", r.merge},
                         {"peft", r.peft},
+                        {"device", r.device},
                         {"dtype", r.dtype},
                         {"protocol", r.protocol},
                         {"image_size", r.image_size},
@@ -62,7 +65,8 @@ std::string to_json(const DryRunReport& r) {
                         {"trained_params", trained},
                         {"step_seconds", r.step_seconds},
                         {"estimated_seconds", r.estimated_seconds},
-                        {"peak_memory_bytes", r.peak_memory_bytes}}
+                        {"peak_memory_bytes", r.peak_memory_bytes},
+                        {"device_memory_bytes", r.device_memory_bytes}}
       .dump(2);
 }
 

@@ -77,6 +77,7 @@ std::string to_json(const FinetuneState& state) {
                         {"data", state.identity.data},
                         {"plugins", state.identity.plugins},
                         {"threads", state.identity.threads},
+                        {"device", state.identity.device},
                         {"training", state.training},
                         {"choices", choices},
                         {"best", state.best ? to_node(*state.best) : nlohmann::json(nullptr)},
@@ -93,7 +94,8 @@ FinetuneState parse_state(const std::string& json, const std::string& where) {
                       .model = root.at("model").get<std::string>(),
                       .data = root.at("data").get<std::string>(),
                       .plugins = root.at("plugins").get<std::map<std::string, std::string>>(),
-                      .threads = root.at("threads").get<int>()};
+                      .threads = root.at("threads").get<int>(),
+                      .device = root.value("device", "cpu")};
     state.training = root.at("training").get<int64_t>();
     for (const auto& node : root.at("choices")) {
       state.choices.push_back({.lr = node.at("lr").get<double>(), .accuracy = node.at("accuracy").get<double>()});
@@ -125,7 +127,9 @@ void check_same_run(const RunIdentity& saved, const RunIdentity& mine, const std
            ", now it is ", now);
     }
   }
-  if (saved.threads != mine.threads) {
+  if (saved.device != mine.device)
+    progress.note(cat("the run began on ", saved.device, " and goes on on ", mine.device, ": last bits may differ"));
+  if (mine.device == "cpu" && saved.threads != mine.threads) {
     progress.note(cat("the run began with ", saved.threads, " threads and goes on with ", mine.threads,
                       ": its last bits may differ from those of an unbroken run"));
   }

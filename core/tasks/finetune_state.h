@@ -17,6 +17,7 @@ struct RunIdentity {
   std::string model, data;                     ///< fingerprints: base weights; images and labels of the training
   std::map<std::string, std::string> plugins;  ///< "merge pyra" -> "1.0"
   int threads = 0;
+  std::string device;  ///< "cpu" or "cuda"
 };
 
 /// A look at an evaluation split.

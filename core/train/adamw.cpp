@@ -41,19 +41,6 @@ void update(float* __restrict value, float* __restrict first, float* __restrict 
 
 }  // namespace
 
-AdamW::AdamW(const sdk::TensorMap& tensors, const AdamWSettings& settings) : settings_(settings) {
-  for (const auto& [name, value] : tensors) {
-    if (value.scalar_type() != at::kFloat || !value.is_contiguous()) {
-      fail(ExitCode::internal, "AdamW: tensor '", name, "' must be contiguous fp32, got ", value.scalar_type());
-    }
-    tensors_.push_back({.name = name,
-                        .value = value,
-                        .first = at::zeros(value.sizes(), value.options().requires_grad(false)),
-                        .second = at::zeros(value.sizes(), value.options().requires_grad(false)),
-                        .merge_group = name.starts_with("merge.")});
-  }
-}
-
 void AdamW::step(double lr, double merge_lr) {
   constexpr int64_t kGrain = 1 << 15;  // below this a second thread costs more than it saves
   ++steps_;

@@ -7,30 +7,21 @@
 #include <string>
 #include <vector>
 
+#include "engine/trainer.h"
 #include "sdk/tensor_decl.h"
 
 namespace pyra::train {
 
-struct AdamWSettings {
-  double beta1 = 0.9;
-  double beta2 = 0.999;
-  double eps = 1e-8;
-  double weight_decay = 1e-4;  ///< decoupled, on every tensor
-};
-
-/// A tensor that trains and its two moments, all of one shape, fp32, contiguous.
-struct TrainedTensor {
-  std::string name;  ///< full name: "head.weight", "merge.pyra.blocks.0.a"
-  at::Tensor value;  ///< shares the model's storage
-  at::Tensor first, second;
-  bool merge_group = false;  ///< takes the merger's learning rate
-};
+using engine::AdamWSettings;
+using engine::TrainedTensor;
 
 class AdamW {
  public:
-  /// `tensors` by full name, as Vit::train_mode() returns them; names that begin with "merge." are the merge group.
-  /// Error(internal) for a tensor that is not contiguous fp32.
-  AdamW(const sdk::TensorMap& tensors, const AdamWSettings& settings);
+  /// `tensors` by full name, as Vit::train_mode() returns them: see engine::trained_tensors.
+  AdamW(const sdk::TensorMap& tensors, const AdamWSettings& settings)
+      : AdamW(engine::trained_tensors(tensors), settings) {}
+  AdamW(std::vector<TrainedTensor> tensors, const AdamWSettings& settings)
+      : settings_(settings), tensors_(std::move(tensors)) {}
 
   /// One step with the gradients the tensors hold, which are dropped afterwards. A tensor without a gradient stays
   /// as it is, its moments too. Element by element, so the result does not depend on the number of threads.

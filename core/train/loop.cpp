@@ -1,10 +1,17 @@
 #include "train/loop.h"
 
+#include <ATen/Functions.h>
+
 #include <chrono>
-#include <cmath>
+
+#include "train/cpu_trainer.h"
 
 namespace pyra::train {
 namespace {
+
+/// How far a GPU may be behind: enough that it never waits for the loop, few enough that a run which diverges stops
+/// soon.
+constexpr int64_t kStepsAhead = 32;
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -12,6 +19,21 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 
 int64_t steps_in(const data::ImageSet& images, int64_t batch) {
   return std::max<int64_t>(1, images.labels.size(0) / batch);
+}
+
+std::unique_ptr<engine::Trainer> make_trainer(nn::Vit& model, const data::ImageSet& images,
+                                              const nn::Preprocess& preprocess, const LoopSettings& settings) {
+  const int64_t count = images.labels.size(0);
+  if (count == 0) fail(ExitCode::input, "there is no image to train on");
+  const engine::TrainingImages set{images.images, images.labels};
+  const engine::TrainerOptions options{.device = settings.device,
+                                       .precision = settings.precision,
+                                       .adamw = settings.adamw,
+                                       .drop_path = settings.drop_path,
+                                       .seed = settings.seed,
+                                       .batch = std::min(settings.batch, count)};
+  if (settings.device != "cpu") return engine::make_cuda_trainer(model, set, preprocess, options);
+  return std::make_unique<CpuTrainer>(model, set, preprocess, options);
 }
 
 }  // namespace
@@ -23,10 +45,8 @@ Loop::Loop(nn::Vit& model, const data::ImageSet& images, const nn::Preprocess& p
       images_(images),
       preprocess_(preprocess),
       settings_(settings),
-      optimiser_(model.train_mode(), settings.adamw),
-      steps_per_epoch_(steps_in(images, settings.batch)) {
-  if (images.labels.size(0) == 0) fail(ExitCode::input, "there is no image to train on");
-}
+      trainer_(make_trainer(model, images, preprocess, settings)),
+      steps_per_epoch_(steps_in(images, settings.batch)) {}
 
 bool Loop::finished() const {
   if (settings_.max_seconds > 0 && position_.seconds >= settings_.max_seconds) return true;
@@ -43,52 +63,59 @@ double Loop::rate(double peak) const {
   return learning_rate(schedule, schedule_epoch(schedule, position_.epoch, position_.seconds, settings_.max_seconds));
 }
 
-data::Batch Loop::next_batch() {
+engine::TrainStep Loop::next_step() {
   if (order_epoch_ != position_.epoch) {
     order_ = data::epoch_order(images_.labels.size(0), settings_.seed, position_.epoch);
     order_epoch_ = position_.epoch;
   }
   const int64_t begin = position_.batch * images_per_step();
-  const std::vector<int64_t> indices(order_.begin() + begin, order_.begin() + begin + images_per_step());
-  return data::make_batch(images_, indices, preprocess_, settings_.augment, settings_.seed, position_.epoch);
+  engine::TrainStep step{.number = uint64_t(position_.step),
+                         .lr = rate(settings_.schedule.peak),
+                         .merge_lr = 0,
+                         .indices = {order_.begin() + begin, order_.begin() + begin + images_per_step()},
+                         .images = {}};
+  step.merge_lr = settings_.merge_lr > 0 ? rate(settings_.merge_lr) : step.lr;
+  if (settings_.augment.hflip || settings_.augment.random_resized_crop)
+    step.images =
+        data::make_batch(images_, step.indices, preprocess_, settings_.augment, settings_.seed, position_.epoch).images;
+  return step;
 }
 
 std::optional<EpochReport> Loop::step() {
   const auto start = std::chrono::steady_clock::now();
-  const double lr = rate(settings_.schedule.peak);
-  const double merge_lr = settings_.merge_lr > 0 ? rate(settings_.merge_lr) : lr;
-  const data::Batch batch = next_batch();
-  const at::Tensor logits = model_.forward(batch.images, {.training = true,
-                                                          .compute = settings_.compute,
-                                                          .drop_path = settings_.drop_path,
-                                                          .random = {settings_.seed, uint64_t(position_.step)}});
-  const at::Tensor loss = at::cross_entropy_loss(logits, batch.labels);
-  last_loss_ = loss.item<double>();
-  last_norm_ = 0;
-  if (std::isfinite(last_loss_)) {
-    loss.backward();
-    last_norm_ = optimiser_.gradient_norm();
-  }
-  if (!std::isfinite(last_loss_) || !std::isfinite(last_norm_)) {
-    optimiser_.drop_gradients();
-    throw Diverged(cat("training diverged at step ", position_.step + 1, " (epoch ", position_.epoch + 1,
-                       ", learning rate ", lr, "): loss ", last_loss_, ", gradient norm ", last_norm_));
-  }
-  optimiser_.step(lr, merge_lr);
-  model_.weights_changed();
-
-  position_.correct += (logits.detach().argmax(1) == batch.labels).sum().item<int64_t>();
-  position_.images += batch.labels.size(0);
-  position_.loss_sum += last_loss_ * double(batch.labels.size(0));
-  last_lr_ = lr;
-  last_merge_lr_ = merge_lr;
+  const engine::TrainStep step = next_step();
+  last_lr_ = step.lr;
+  last_merge_lr_ = step.merge_lr;
+  trainer_->step(step);
+  ++steps_ahead_;
+  const bool waits = settings_.device == "cpu" || steps_ahead_ >= kStepsAhead;
+  const double limit = settings_.max_seconds;
+  if (waits || position_.batch + 1 == steps_per_epoch_ ||
+      (limit > 0 && position_.seconds + seconds_since(start) >= limit))
+    wait();
   const double seconds = seconds_since(start);
   position_.seconds += seconds;
   position_.epoch_seconds += seconds;
+  if (limit > 0 && position_.seconds >= limit) wait();
   const EpochReport done = report();
   advance();
   if (position_.batch != 0 && !finished()) return std::nullopt;
   return done;
+}
+
+void Loop::wait() {
+  if (steps_ahead_ == 0) return;
+  steps_ahead_ = 0;
+  const engine::StepSums sums = trainer_->collect();
+  if (sums.bad_step >= 0)
+    throw Diverged(cat("training diverged at step ", sums.bad_step + 1, " (epoch ",
+                       sums.bad_step / steps_per_epoch_ + 1, ", learning rate ", last_lr_, "): loss ", sums.bad_loss,
+                       ", gradient norm ", sums.bad_norm));
+  position_.loss_sum += sums.loss_sum;
+  position_.correct += sums.correct;
+  position_.images += sums.images;
+  last_loss_ = sums.last_loss;
+  last_norm_ = sums.last_norm;
 }
 
 EpochReport Loop::report() const {
@@ -110,8 +137,10 @@ void Loop::advance() {
   position_ = {.step = position_.step, .epoch = position_.epoch + 1, .batch = 0, .seconds = position_.seconds};
 }
 
-void Loop::check_finite() const {
-  for (const TrainedTensor& t : optimiser_.tensors()) {
+void Loop::settle() {
+  wait();
+  trainer_->publish();
+  for (const engine::TrainedTensor& t : trainer_->tensors()) {
     if (t.value.detach().isfinite().all().item<bool>()) continue;
     throw Diverged(cat("training diverged by step ", position_.step, " (learning rate ", last_lr_, "): tensor '",
                        t.name, "' is not finite"));
@@ -120,7 +149,7 @@ void Loop::check_finite() const {
 
 sdk::TensorMap Loop::state() const {
   sdk::TensorMap state;
-  for (const TrainedTensor& t : optimiser_.tensors()) {
+  for (const engine::TrainedTensor& t : trainer_->tensors()) {
     state["value." + t.name] = t.value.detach();
     state["first." + t.name] = t.first;
     state["second." + t.name] = t.second;
@@ -142,9 +171,8 @@ void Loop::restore(const Position& position, const sdk::TensorMap& state, const 
     fail(ExitCode::input, where, ": holds ", state.size(), " tensors, this run has ", mine.size());
   }
   for (auto& [name, target] : mine) target.copy_(state.find(name)->second);
-  optimiser_.set_steps(position.step);
+  trainer_->take_over();
   position_ = position;
-  model_.weights_changed();
 }
 
 }  // namespace pyra::train

@@ -1,4 +1,5 @@
-// The training loop, one step at a time: batches in a seeded order, forward, cross-entropy, backward, AdamW.
+// The training loop, one step at a time: batches in a seeded order, each handed to whoever computes the step (on the
+// CPU autograd, on a GPU a captured graph; engine/trainer.h).
 //
 // Everything random is a function of (seed, step), so a loop that is restored from its snapshot goes on bit for bit
 // as if it had never stopped (same number of threads).
@@ -10,8 +11,7 @@
 
 #include "base/error.h"
 #include "data/loader.h"
-#include "nn/vit.h"
-#include "train/adamw.h"
+#include "engine/trainer.h"
 #include "train/schedule.h"
 
 namespace pyra::train {
@@ -21,12 +21,13 @@ struct LoopSettings {
   double merge_lr = 0;     ///< peak of the merge group, under the same warm-up and cosine; 0: schedule.peak
   double max_seconds = 0;  ///< of training time; 0: none. Such a run depends on the machine's speed: it cannot be
                            ///< repeated step for step
-  AdamWSettings adamw{};
+  engine::AdamWSettings adamw{};
   int64_t batch = 32;  ///< images a step; a set with fewer makes one batch of what there is
   double drop_path = 0.1;
   data::Augment augment{};
   uint64_t seed = 0;
-  at::ScalarType compute = at::kFloat;
+  std::string device = "cpu";  ///< "cpu" or "cuda:INDEX"
+  engine::Precision precision = engine::Precision::fp32;
 };
 
 /// Where a run stands: with the tensors, all it needs to go on.
@@ -63,25 +64,32 @@ class Diverged : public Error {
 
 class Loop {
  public:
-  /// Puts `model` in training mode; model and images must outlive the loop. Error(input) for an empty set.
+  /// Puts `model` in training mode; model and images must outlive the loop. Error(input) for an empty set; what
+  /// engine::make_cuda_trainer throws.
   Loop(nn::Vit& model, const data::ImageSet& images, const nn::Preprocess& preprocess, const LoopSettings& settings);
 
   [[nodiscard]] bool finished() const;
   /// One optimiser step; the report when it ended an epoch or the run. Throws Diverged naming step and learning
-  /// rate, before anything was changed by what is not finite.
+  /// rate, before anything was changed by what is not finite. On a GPU the step may be still to come, and what went
+  /// wrong in it is known kStepsAhead steps later or at the end of the epoch.
   std::optional<EpochReport> step();
 
-  /// Throws Diverged when a trained tensor is not finite: asked before anything is saved.
-  void check_finite() const;
+  /// Waits for the steps begun. Throws Diverged as step() does.
+  void wait();
+  /// wait(), and brings the trained tensors to the model. Throws Diverged when one is not finite:
+  /// called before anything is saved or evaluated.
+  void settle();
 
   [[nodiscard]] const Position& position() const { return position_; }
   [[nodiscard]] double last_loss() const { return last_loss_; }
   [[nodiscard]] double last_lr() const { return last_lr_; }
   [[nodiscard]] int64_t steps_per_epoch() const { return steps_per_epoch_; }
   [[nodiscard]] int64_t images_per_step() const;
-  [[nodiscard]] const std::vector<TrainedTensor>& trained() const { return optimiser_.tensors(); }
+  [[nodiscard]] const std::vector<engine::TrainedTensor>& trained() const { return trainer_->tensors(); }
+  [[nodiscard]] int64_t device_bytes() const { return trainer_->device_bytes(); }
 
-  /// Trained tensors and moments, sharing storage: "value.<name>", "first.<name>", "second.<name>".
+  /// Trained tensors and moments as of the last settle(), sharing storage: "value.<name>", "first.<name>",
+  /// "second.<name>".
   [[nodiscard]] sdk::TensorMap state() const;
   /// Takes over a state saved by a loop over the same model. Error(input) naming the tensor that is missing or of
   /// another shape; `where` opens the message.
@@ -89,7 +97,7 @@ class Loop {
 
  private:
   [[nodiscard]] double rate(double peak) const;
-  [[nodiscard]] data::Batch next_batch();
+  [[nodiscard]] engine::TrainStep next_step();
   [[nodiscard]] EpochReport report() const;
   void advance();
 
@@ -97,9 +105,10 @@ class Loop {
   const data::ImageSet& images_;
   nn::Preprocess preprocess_;
   LoopSettings settings_;
-  AdamW optimiser_;
+  std::unique_ptr<engine::Trainer> trainer_;
   int64_t steps_per_epoch_ = 1;
   Position position_;
+  int64_t steps_ahead_ = 0;     // begun and not collected
   std::vector<int64_t> order_;  // of epoch order_epoch_
   int64_t order_epoch_ = -1;
   double last_loss_ = 0, last_lr_ = 0, last_merge_lr_ = 0, last_norm_ = 0;

@@ -231,7 +231,7 @@ TEST_CASE("mistakes in a recipe are told by file, line, key, got and expected") 
   check_refused("seed = -1", {":1: seed is -1, expected 0 to "});
   check_refused("seed = 1.5", {":1: seed is a number with a fraction, expected an integer"});
   check_refused("protocol = 'vtba'", {":1: protocol is 'vtba', expected one of vtab, paper; did you mean 'vtab'?"});
-  check_refused("dtype = 'fp64'", {":1: dtype is 'fp64', expected one of fp32, bf16"});
+  check_refused("dtype = 'fp64'", {":1: dtype is 'fp64', expected one of auto, fp32, tf32, bf16"});
   check_refused("out = 2024-01-01", {":1: out is a date or time, expected a string"});
   check_refused("[train]\nepochs = 0", {":2: train.epochs is 0, expected 1 to"});
   check_refused("[train]\nepochs = '5'", {":2: train.epochs is a string, expected an integer"});

@@ -62,7 +62,7 @@ TEST_CASE("AdamW agrees with the update in double over 50 steps, each group at i
 TEST_CASE("A tensor without a gradient stays as it is, and gradients are gone after a step", "[adamw]") {
   const at::Tensor trained = random({5}, 1).requires_grad_(), idle = random({5}, 2).requires_grad_();
   const at::Tensor before = idle.detach().clone();
-  AdamW optimiser({{"a", trained}, {"b", idle}}, {.weight_decay = 0.5});
+  AdamW optimiser(sdk::TensorMap{{"a", trained}, {"b", idle}}, {.weight_decay = 0.5});
   trained.mutable_grad() = at::ones({5});
   optimiser.step(0.1, 0.1);
   CHECK(at::equal(idle.detach(), before));
@@ -71,7 +71,7 @@ TEST_CASE("A tensor without a gradient stays as it is, and gradients are gone af
 
 TEST_CASE("The gradient norm spans all tensors and shows what is not finite", "[adamw]") {
   const at::Tensor a = at::zeros({2}).requires_grad_(), b = at::zeros({1}).requires_grad_();
-  AdamW optimiser({{"a", a}, {"b", b}}, {});
+  AdamW optimiser(sdk::TensorMap{{"a", a}, {"b", b}}, {});
   CHECK(optimiser.gradient_norm() == 0);
   a.mutable_grad() = at::full({2}, 2.0f);
   b.mutable_grad() = at::full({1}, 1.0f);
@@ -83,6 +83,6 @@ TEST_CASE("The gradient norm spans all tensors and shows what is not finite", "[
 }
 
 TEST_CASE("AdamW takes contiguous fp32 only", "[adamw]") {
-  CHECK_THROWS_AS(AdamW({{"a", at::zeros({2}, at::kDouble)}}, {}), Error);
-  CHECK_THROWS_AS(AdamW({{"a", at::zeros({2, 3}).t()}}, {}), Error);
+  CHECK_THROWS_AS(AdamW(sdk::TensorMap{{"a", at::zeros({2}, at::kDouble)}}, {}), Error);
+  CHECK_THROWS_AS(AdamW(sdk::TensorMap{{"a", at::zeros({2, 3}).t()}}, {}), Error);
 }

@@ -7,24 +7,10 @@
 #include <cstring>
 
 #include "base/error.h"
-#include "engine/cuda_library.h"
+#include "engine/cuda/device.h"
 
 namespace pyra::engine {
 namespace {
-
-int set_device(int device) {
-  PYRA_CUDA(cudaSetDevice(device));
-  return device;
-}
-
-/// What a chosen algorithm holds for.
-std::string gemm_version(int device) {
-  cudaDeviceProp properties{};
-  PYRA_CUDA(cudaGetDeviceProperties(&properties, device));
-  int driver = 0;
-  PYRA_CUDA(cudaDriverGetVersion(&driver));
-  return cat(properties.name, " driver ", driver, " cublasLt ", cublasLtGetVersion());
-}
 
 /// A large copy by all threads: one alone does not keep up with the GPU.
 void parallel_copy(void* to, const void* from, size_t bytes) {
@@ -293,47 +279,7 @@ std::vector<Stage> CudaEngine::profile(const at::Tensor& images) {
 
 int64_t CudaEngine::device_bytes(int64_t batch) const {
   const int count = branches_of(int(batch));
-  return int64_t(device_model_.bytes + size_t(count) * Activations::bytes_for(device_model_, int(batch) / count));
+  return int64_t(device_model_.bytes() + size_t(count) * Activations::bytes_for(device_model_, int(batch) / count));
 }
 
-namespace {
-
-int device_count() {
-  int count = 0;
-  PYRA_CUDA(cudaGetDeviceCount(&count));
-  return count;
-}
-
-CudaDevice describe(int index, bool free_memory) {
-  cudaDeviceProp properties{};
-  PYRA_CUDA(cudaGetDeviceProperties(&properties, index));
-  CudaDevice device{.name = properties.name,
-                    .major = properties.major,
-                    .minor = properties.minor,
-                    .memory_bytes = int64_t(properties.totalGlobalMem),
-                    .multiprocessors = properties.multiProcessorCount};
-  int khz = 0, driver = 0;
-  PYRA_CUDA(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, index));
-  PYRA_CUDA(cudaDriverGetVersion(&driver));
-  device.clock_mhz = khz / 1000;
-  device.driver = cat(driver / 1000, ".", driver % 1000 / 10);
-  if (!free_memory) return device;
-  PYRA_CUDA(cudaSetDevice(index));
-  size_t free_bytes = 0, total = 0;
-  PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
-  device.free_bytes = int64_t(free_bytes);
-  return device;
-}
-
-Engine* create(const nn::Vit& model, const nn::Preprocess& preprocess, const EngineOptions& options, int index) {
-  return new CudaEngine(model, preprocess, options, index);
-}
-
-}  // namespace
 }  // namespace pyra::engine
-
-extern "C" __attribute__((visibility("default"))) const pyra::engine::CudaApi* pyra_cuda_entry() {
-  static const pyra::engine::CudaApi api{PYRA_CUDA_TAG, &pyra::engine::device_count, &pyra::engine::describe,
-                                         &pyra::engine::create};
-  return &api;
-}

@@ -6,12 +6,6 @@
 #include "base/error.h"
 
 namespace pyra::engine {
-namespace {
-
-at::ScalarType scalar_type(DType dtype) {
-  return dtype == DType::fp32 ? at::kFloat : dtype == DType::bf16 ? at::kBFloat16 : at::kHalf;
-}
-
 void check_shapes(const nn::VitConfig& config) {
   const int64_t head_dim = config.embed_dim / config.num_heads;
   if (head_dim % 16 != 0 || head_dim > 128)
@@ -22,8 +16,6 @@ void check_shapes(const nn::VitConfig& config) {
          " tokens; the GPU's kernels do up to 4096 and 1024; use --device cpu");
   if (config.num_classes == 0) fail(ExitCode::usage, "the model has no head: fine-tune it first");
 }
-
-}  // namespace
 
 DeviceTypes types_of(Precision precision) {
   switch (precision) {
@@ -38,30 +30,16 @@ DeviceTypes types_of(Precision precision) {
   }
 }
 
-const void* DeviceModel::upload_any(const at::Tensor& tensor, DType dtype) {
-  const at::Tensor host = tensor.detach().to(scalar_type(dtype)).contiguous();
-  DeviceMemory memory(host.nbytes());
-  PYRA_CUDA(cudaMemcpy(memory.get(), host.const_data_ptr(), host.nbytes(), cudaMemcpyHostToDevice));
-  bytes += memory.bytes();
-  memory_.push_back(std::move(memory));
-  return memory_.back().get();
-}
-
-template <class T>
-const T* DeviceModel::upload(const at::Tensor& tensor, DType dtype) {
-  return static_cast<const T*>(upload_any(tensor, dtype));
-}
-
 DeviceLinear DeviceModel::linear(const nn::TensorMap& weights, const std::string& name, DType result) {
   const at::Tensor weight = weights.at(name + ".weight").flatten(1);
-  return {.weight = upload_any(weight, types.compute),
-          .bias = upload_any(weights.at(name + ".bias"), result),
+  return {.weight = store_.upload(weight, types.compute),
+          .bias = store_.upload(weights.at(name + ".bias"), result),
           .in = int(weight.size(1)),
           .out = int(weight.size(0))};
 }
 
 DeviceNorm DeviceModel::norm_of(const nn::TensorMap& weights, const std::string& name) {
-  return {.weight = upload(weights.at(name + ".weight")), .bias = upload(weights.at(name + ".bias"))};
+  return {.weight = store_.upload(weights.at(name + ".weight")), .bias = store_.upload(weights.at(name + ".bias"))};
 }
 
 void DeviceModel::add_heads(const nn::TensorMap& weights) {
@@ -70,44 +48,39 @@ void DeviceModel::add_heads(const nn::TensorMap& weights) {
       config.distilled ? std::vector<std::string>{"head", "head_dist"} : std::vector<std::string>{"head"};
   const double share = 1.0 / double(names.size());
   for (const std::string& name : names)
-    heads.push_back({.weight = upload(weights.at(name + ".weight") * share),
-                     .bias = upload(weights.at(name + ".bias") * share),
+    heads.push_back({.weight = store_.upload(weights.at(name + ".weight") * share),
+                     .bias = store_.upload(weights.at(name + ".bias") * share),
                      .in = int(config.embed_dim),
                      .out = int(config.num_classes)});
 }
 
-DeviceMerge DeviceModel::merge_of(const nn::MergeSetup& setup, int block, int tokens, int kept) {
+DeviceMerge merge_of(const sdk::PlanRecipe& recipe, int tokens, int kept, int64_t protected_tokens,
+                     DeviceStore& store) {
   DeviceMerge merge{.kept = kept};
-  const auto recipe = setup.merger->recipe(block, setup.schedule, setup.learned);
-  if (!recipe) {
-    merge.kind = DeviceMerge::Kind::by_host;
-    merge.merged = tokens;  // how many it merges is known when it has planned; room for all
-    return merge;
-  }
-  if (recipe->kind == sdk::PlanKind::rank) {
+  if (recipe.kind == sdk::PlanKind::rank) {
     merge.kind = DeviceMerge::Kind::rank;
-    merge.prune = int(recipe->prune);
-    merge.merged = int(recipe->prune - recipe->merge);
+    merge.prune = int(recipe.prune);
+    merge.merged = int(recipe.prune - recipe.merge);
     merge.weighted = false;
     return merge;
   }
-  merge.merged = int(recipe->remove);
-  const std::vector<int64_t> side = sdk::side_a(recipe->partition, tokens, config.protected_tokens());
-  if (!side.empty()) {
-    at::Tensor flags = at::zeros({tokens}, at::kByte);
-    for (const int64_t token : side) flags[token] = 1;
-    DeviceMemory memory(flags.nbytes());
-    PYRA_CUDA(cudaMemcpy(memory.get(), flags.const_data_ptr(), flags.nbytes(), cudaMemcpyHostToDevice));
-    merge.in_side_a = memory.get<uint8_t>();
-    memory_.push_back(std::move(memory));
+  merge.merged = int(recipe.remove);
+  merge.in_side_a = store.upload_side_a(recipe.partition, tokens, protected_tokens);
+  return merge;
+}
+
+DeviceMerge DeviceModel::planned_merge(const nn::MergeSetup& setup, int block, int tokens, int kept) {
+  const auto recipe = setup.merger->recipe(block, setup.schedule, setup.learned);
+  if (!recipe) {  // how many it merges is known when it has planned; room for all
+    return {.kind = DeviceMerge::Kind::by_host, .kept = kept, .merged = tokens};
   }
-  if (recipe->gate) {
-    merge.gate_a = upload(recipe->gate->a);
-    merge.gate_b = upload(recipe->gate->b);
-    merge.gate_weight = upload(recipe->gate->weight);
-    merge.gate_bias = upload(recipe->gate->bias);
-    merge.gate_eps = float(recipe->gate->eps);
-  }
+  DeviceMerge merge = merge_of(*recipe, tokens, kept, config.protected_tokens(), store_);
+  if (!recipe->gate) return merge;
+  merge.gate_a = store_.upload(recipe->gate->a);
+  merge.gate_b = store_.upload(recipe->gate->b);
+  merge.gate_weight = store_.upload(recipe->gate->weight);
+  merge.gate_bias = store_.upload(recipe->gate->bias);
+  merge.gate_eps = float(recipe->gate->eps);
   return merge;
 }
 
@@ -119,8 +92,8 @@ DeviceModel::DeviceModel(const nn::Vit& model, DeviceTypes types_of_activations)
   at::Tensor tokens = weights.at("cls_token");
   if (config.distilled) tokens = at::cat({tokens, weights.at("dist_token")}, 1);
   const at::Tensor& position = weights.at("pos_embed");
-  prefix = upload(tokens + position.narrow(1, 0, first));
-  positions = upload(position.narrow(1, first, config.patches()));
+  prefix = store_.upload(tokens + position.narrow(1, 0, first));
+  positions = store_.upload(position.narrow(1, first, config.patches()));
   patch_embed = linear(weights, "patch_embed.proj", types.compute);
 
   const nn::MergeSetup* setup = model.merge();
@@ -137,7 +110,7 @@ DeviceModel::DeviceModel(const nn::Vit& model, DeviceTypes types_of_activations)
                       .tokens = count,
                       .merge = std::nullopt};
     const int kept = setup ? int(model.tokens_after()[size_t(i)]) : count;
-    if (setup && setup->merger->acts(count, kept)) block.merge = merge_of(*setup, i, count, kept);
+    if (setup && setup->merger->acts(count, kept)) block.merge = planned_merge(*setup, i, count, kept);
     count = kept;
     blocks.push_back(std::move(block));
   }

@@ -3,13 +3,11 @@
 #include <optional>
 #include <vector>
 
-#include "engine/cuda/device_memory.h"
+#include "engine/cuda/device_store.h"
 #include "engine/engine.h"
 #include "kernels/cuda/cuda_call.h"
 
 namespace pyra::engine {
-
-using kernels::cuda::DType;
 
 struct DeviceLinear {
   const void* weight = nullptr;  ///< [out,in] of the compute type
@@ -51,6 +49,12 @@ struct DeviceTypes {
 };
 [[nodiscard]] DeviceTypes types_of(Precision precision);
 
+/// Throws Error(usage) for shapes that the kernels do not do.
+void check_shapes(const nn::VitConfig& config);
+/// Without its gate, whose tensors may be elsewhere.
+[[nodiscard]] DeviceMerge merge_of(const sdk::PlanRecipe& recipe, int tokens, int kept, int64_t protected_tokens,
+                                   DeviceStore& store);
+
 /// Uploads a model; everything it points to lives as long as it does. A PEFT method still attached is merged on the way
 /// up, Error(usage) where it cannot be. Throws Error(usage) for a model whose head dimension the kernels do not do.
 class DeviceModel {
@@ -65,18 +69,15 @@ class DeviceModel {
   DeviceNorm norm;
   std::vector<DeviceLinear> heads;  ///< fp32; of two, each halved, so that their sum is the mean
   bool proportional_attention = true;
-  size_t bytes = 0;
+  [[nodiscard]] size_t bytes() const { return store_.bytes(); }
 
  private:
-  template <class T = float>
-  const T* upload(const at::Tensor& tensor, DType dtype = DType::fp32);
-  const void* upload_any(const at::Tensor& tensor, DType dtype);
   DeviceLinear linear(const nn::TensorMap& weights, const std::string& name, DType result);
   DeviceNorm norm_of(const nn::TensorMap& weights, const std::string& name);
   void add_heads(const nn::TensorMap& weights);
-  DeviceMerge merge_of(const nn::MergeSetup& setup, int block, int tokens, int kept);
+  DeviceMerge planned_merge(const nn::MergeSetup& setup, int block, int tokens, int kept);
 
-  std::vector<DeviceMemory> memory_;
+  DeviceStore store_;
 };
 
 }  // namespace pyra::engine

@@ -1,0 +1,358 @@
+#include <algorithm>
+
+#include "base/error.h"
+#include "engine/cuda/train_step.h"
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/cross_entropy.h"
+#include "kernels/cuda/embed.h"
+#include "kernels/cuda/gelu_train.h"
+#include "kernels/cuda/layer_norm.h"
+#include "kernels/cuda/match.h"
+#include "kernels/cuda/merge.h"
+#include "kernels/cuda/norm_train.h"
+#include "kernels/cuda/rank.h"
+
+namespace pyra::engine {
+
+namespace cuda = kernels::cuda;
+using sdk::LinearKind;
+
+TrainStepRunner::TrainStepRunner(TrainModel& model, const nn::Preprocess& preprocess, int batch,
+                                 std::shared_ptr<cuda::GemmCache> cache)
+    : model_(model),
+      preprocess_(preprocess),
+      memory_(model, batch),
+      runner_(std::move(cache)),
+      exact_gelu_(model.types.compute == DType::fp32) {
+  PYRA_CUDA(cudaStreamCreateWithFlags(&main_, cudaStreamNonBlocking));
+  PYRA_CUDA(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking));
+  PYRA_CUDA(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming));
+  PYRA_CUDA(cudaEventCreateWithFlags(&join_, cudaEventDisableTiming));
+  plan_partials();
+}
+
+TrainStepRunner::~TrainStepRunner() {
+  for (cudaEvent_t event : {fork_, join_})
+    if (event) (void)cudaEventDestroy(event);
+  for (cudaStream_t stream : {main_, side_})
+    if (stream) (void)cudaStreamDestroy(stream);
+}
+
+const float* TrainStepRunner::scale_of(const TrainBatch& batch, int block, int branch) const {
+  if (!batch.branch_scale || block == 0) return nullptr;  // the first block is never dropped
+  return batch.branch_scale + (2 * block + branch) * memory_.batch;
+}
+
+/// Of the layer with what stands in the columns behind; whoever calls says where the result goes.
+cuda::LinearCall TrainStepRunner::call_of(const TrainLinear& layer, const void* x, int rows) const {
+  return {.x = x,
+          .weight = layer.weight,
+          .bias = layer.bias,
+          .rows = rows,
+          .in = layer.stride,
+          .out = layer.out,
+          .compute = model_.types.compute,
+          .result = model_.types.compute,
+          .math = model_.types.tf32 ? cuda::MatrixMath::tf32 : cuda::MatrixMath::exact};
+}
+
+void TrainStepRunner::product(const TrainLinear& layer, const void* x, int rows, void* y) {
+  cuda::LinearCall call = call_of(layer, x, rows);
+  call.y = y;
+  runner_.run(call, main_);
+}
+
+/// The columns behind a layer's input: drop(x) Aᵀ, kept for B's gradient too.
+void TrainStepRunner::low_rank_input(const TrainLinear& layer, int block, LinearKind kind, void* input, int rows) {
+  if (!layer.lora) return;
+  const LoraTerm& term = *layer.lora;
+  const size_t size = cuda::size_of(model_.types.compute);
+  cuda::lora_down({.x = input,
+                   .x_stride = layer.stride,
+                   .a = term.a,
+                   .h = static_cast<char*>(input) + size_t(layer.in) * size,
+                   .h_stride = layer.stride,
+                   .h_copy = memory_.blocks[size_t(block)].low[size_t(kind)].get(),
+                   .padded = term.padded,
+                   .rows = rows,
+                   .in = layer.in,
+                   .rank = term.rank,
+                   .dropout = term.dropout,
+                   .compute = model_.types.compute},
+                  main_);
+}
+
+void TrainStepRunner::embed(const TrainBatch& batch) {
+  const nn::VitConfig& config = model_.config;
+  const int patches = int(config.patches()), channels = int(config.embed_dim);
+  cuda::PatchCall call{.images = batch.images,
+                       .is_float = batch.is_float,
+                       .batch = memory_.batch,
+                       .side = int(config.image_size),
+                       .patch = int(config.patch_size),
+                       .out = memory_.wide.get(),
+                       .compute = model_.types.compute};
+  std::copy_n(preprocess_.mean.begin(), 3, call.mean);
+  std::copy_n(preprocess_.std.begin(), 3, call.std);
+  cuda::extract_patches(call, main_);
+  product(model_.patch_embed, memory_.wide.get(), memory_.batch * patches, memory_.branch.get());
+  cuda::assemble_tokens({.embedded = memory_.branch.get(),
+                         .prefix = model_.prefix,
+                         .positions = model_.positions,
+                         .batch = memory_.batch,
+                         .patches = patches,
+                         .protected_tokens = int(config.protected_tokens()),
+                         .channels = channels,
+                         .x = memory_.stream[0].get(),
+                         .norm_weight = model_.blocks[0].norm1.weight,
+                         .norm_bias = model_.blocks[0].norm1.bias,
+                         .norm_eps = float(config.norm_eps),
+                         .y = memory_.rows.get(),
+                         .residual = DType::fp32,
+                         .compute = model_.types.compute},
+                        main_);
+}
+
+/// x += drop-path * branch, and with a norm what follows of it.
+void TrainStepRunner::add_and_norm(const float* branch_scale, bool adds, int tokens, const TrainNorm* norm,
+                                   DeviceMemory* normalised, DeviceMemory* inverse, int64_t y_stride) {
+  cuda::AddNormCall call{.x = memory_.stream[size_t(stream_)].get<float>(),
+                         .branch = adds ? memory_.branch.get() : nullptr,
+                         .branch_scale = branch_scale,
+                         .rows_per_image = tokens,
+                         .rows = memory_.batch * tokens,
+                         .channels = int(model_.config.embed_dim),
+                         .compute = model_.types.compute};
+  if (norm) {
+    call.weight = norm->weight;
+    call.bias = norm->bias;
+    call.eps = float(model_.config.norm_eps);
+    call.normalised = normalised->get();
+    call.inverse_deviation = inverse->get<float>();
+    call.y = memory_.rows.get();
+    call.y_stride = y_stride;
+  }
+  cuda::add_norm(call, main_);
+}
+
+void TrainStepRunner::match(int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  const SavedBlock& saved = memory_.blocks[size_t(index)];
+  const nn::VitConfig& config = model_.config;
+  PYRA_CUDA(cudaEventRecord(fork_, main_));
+  PYRA_CUDA(cudaStreamWaitEvent(side_, fork_, 0));
+  cuda::match_bipartite({.qkv = saved.qkv.get(),
+                         .batch = memory_.batch,
+                         .tokens = block.tokens,
+                         .heads = int(config.num_heads),
+                         .head_dim = int(config.embed_dim / config.num_heads),
+                         .dtype = model_.types.compute,
+                         .r = block.merge->merged,
+                         .protected_tokens = int(config.protected_tokens()),
+                         .in_side_a = block.merge->in_side_a,
+                         .keep = saved.keep.get<int32_t>(),
+                         .src = saved.src.get<int32_t>(),
+                         .dst = saved.dst.get<int32_t>()},
+                        side_);
+  PYRA_CUDA(cudaEventRecord(join_, side_));
+}
+
+const float* TrainStepRunner::sizes() const {
+  return stream_ > 0 ? memory_.sizes[size_t(stream_ - 1)].get<float>() : nullptr;
+}
+
+void TrainStepRunner::attend(int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  SavedBlock& saved = memory_.blocks[size_t(index)];
+  const nn::VitConfig& config = model_.config;
+  const bool ranks = block.merge && block.merge->kind == DeviceMerge::Kind::rank;
+  cuda::attention({.qkv = saved.qkv.get(),
+                   .sizes = model_.proportional_attention ? sizes() : nullptr,
+                   .out = saved.attended.get(),
+                   .class_rows = ranks ? memory_.class_rows.get<float>() : nullptr,
+                   .log_sum = saved.log_sum.get<float>(),
+                   .batch = memory_.batch,
+                   .tokens = block.tokens,
+                   .heads = int(config.num_heads),
+                   .head_dim = int(config.embed_dim / config.num_heads),
+                   .dtype = model_.types.compute},
+                  main_);
+}
+
+/// proj's input: attention's output, with room behind each row where there is a LoRA term.
+const void* TrainStepRunner::projection_input(int index) {
+  const TrainLinear& proj = model_.blocks[size_t(index)].proj;
+  const SavedBlock& saved = memory_.blocks[size_t(index)];
+  if (!proj.lora) return saved.attended.get();
+  const int rows = memory_.batch * model_.blocks[size_t(index)].tokens;
+  copy_rows(saved.attended.get(), proj.in, memory_.spare.get(), proj.stride, proj.in, rows);
+  low_rank_input(proj, index, LinearKind::proj, memory_.spare.get(), rows);
+  return memory_.spare.get();
+}
+
+/// Rows of the compute type from one stride to another.
+void TrainStepRunner::copy_rows(const void* from, int from_stride, void* to, int to_stride, int columns, int rows) {
+  const size_t size = cuda::size_of(model_.types.compute);
+  PYRA_CUDA(cudaMemcpy2DAsync(to, size_t(to_stride) * size, from, size_t(from_stride) * size, size_t(columns) * size,
+                              size_t(rows), cudaMemcpyDeviceToDevice, main_));
+}
+
+void TrainStepRunner::merge(int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  SavedBlock& saved = memory_.blocks[size_t(index)];
+  const nn::VitConfig& config = model_.config;
+  const DeviceMerge& merge = *block.merge;
+  const bool ranks = merge.kind == DeviceMerge::Kind::rank;
+  if (ranks)
+    cuda::rank_tokens({.tokens = memory_.stream[size_t(stream_)].get(),
+                       .class_rows = memory_.class_rows.get<float>(),
+                       .batch = memory_.batch,
+                       .token_count = block.tokens,
+                       .heads = int(config.num_heads),
+                       .channels = int(config.embed_dim),
+                       .dtype = DType::fp32,
+                       .prune = merge.prune,
+                       .merge = merge.kept,
+                       .protected_tokens = int(config.protected_tokens()),
+                       .keep = saved.keep.get<int32_t>(),
+                       .src = saved.src.get<int32_t>(),
+                       .dst = saved.dst.get<int32_t>(),
+                       .cosine = saved.cosine.get<float>()},
+                      main_);
+  // Where fc1 has columns behind its input, the norm is written apart and then brought to its stride.
+  const bool strided = block.fc1.stride != block.fc1.in;
+  void* normed = strided ? memory_.branch.get() : memory_.rows.get();
+  cuda::merge_tokens({.x = memory_.stream[size_t(stream_)].get(),
+                      .sizes = sizes(),
+                      .keep = saved.keep.get<int32_t>(),
+                      .src = saved.src.get<int32_t>(),
+                      .dst = saved.dst.get<int32_t>(),
+                      .src_size_scale = ranks ? saved.cosine.get<float>() : nullptr,
+                      .weighted = merge.weighted,
+                      .gate_a = merge.gate_a,
+                      .gate_b = merge.gate_b,
+                      .gate_weight = merge.gate_weight,
+                      .gate_bias = merge.gate_bias,
+                      .gate_eps = merge.gate_eps,
+                      .batch = memory_.batch,
+                      .tokens = block.tokens,
+                      .kept = merge.kept,
+                      .merged = merge.merged,
+                      .channels = int(config.embed_dim),
+                      .residual = DType::fp32,
+                      .compute = model_.types.compute,
+                      .x_out = memory_.stream[size_t(stream_ + 1)].get(),
+                      .sizes_out = memory_.sizes[size_t(stream_)].get<float>(),
+                      .norm_weight = block.norm2.weight,
+                      .norm_bias = block.norm2.bias,
+                      .norm_eps = float(config.norm_eps),
+                      .y = normed,
+                      .normalised = saved.normalised2.get(),
+                      .inverse_deviation = saved.inverse2.get<float>()},
+                     main_);
+  if (strided)
+    copy_rows(normed, block.fc1.in, memory_.rows.get(), block.fc1.stride, block.fc1.in, memory_.batch * merge.kept);
+  ++stream_;
+}
+
+void TrainStepRunner::forward_block(const TrainBatch& batch, int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  SavedBlock& saved = memory_.blocks[size_t(index)];
+  const int before = memory_.batch * block.tokens, after = memory_.batch * block.tokens_after();
+  // What the block before added to the stream is added here, where its sum is read anyway.
+  add_and_norm(scale_of(batch, index - 1, 1), index > 0, block.tokens, &block.norm1, &saved.normalised1,
+               &saved.inverse1, block.qkv.stride);
+  low_rank_input(block.qkv, index, LinearKind::qkv, memory_.rows.get(), before);
+  product(block.qkv, memory_.rows.get(), before, saved.qkv.get());
+  const bool bipartite = block.merge && block.merge->kind == DeviceMerge::Kind::bipartite;
+  if (bipartite) match(index);
+  attend(index);
+  product(block.proj, projection_input(index), before, memory_.branch.get());
+  if (bipartite) PYRA_CUDA(cudaStreamWaitEvent(main_, join_, 0));
+  if (block.merge) {
+    add_and_norm(scale_of(batch, index, 0), true, block.tokens, nullptr, nullptr, nullptr, 0);
+    merge(index);
+  } else {
+    add_and_norm(scale_of(batch, index, 0), true, block.tokens, &block.norm2, &saved.normalised2, &saved.inverse2,
+                 block.fc1.stride);
+  }
+  low_rank_input(block.fc1, index, LinearKind::fc1, memory_.rows.get(), after);
+  hidden_rows(index);
+  low_rank_input(block.fc2, index, LinearKind::fc2, memory_.wide.get(), after);
+  product(block.fc2, memory_.wide.get(), after, memory_.branch.get());
+}
+
+/// fc1 and GELU: what GELU is applied to is kept in saved.hidden, the result stands in memory_.wide; both with fc2's
+/// stride.
+void TrainStepRunner::hidden_rows(int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  SavedBlock& saved = memory_.blocks[size_t(index)];
+  const int rows = memory_.batch * block.tokens_after();
+  cuda::LinearCall call = call_of(block.fc1, memory_.rows.get(), rows);
+  call.y_stride = block.fc2.stride;
+  if (exact_gelu_) {
+    call.y = saved.hidden.get();
+    runner_.run(call, main_);
+    cuda::gelu_forward(saved.hidden.get(), memory_.wide.get(), model_.types.compute, int64_t(rows) * block.fc2.stride,
+                       /*tanh=*/false, main_);
+    return;
+  }
+  call.y = memory_.wide.get();
+  call.activation = saved.hidden.get();
+  call.epilogue = cuda::Epilogue::gelu_tanh_keep;
+  runner_.run(call, main_);
+}
+
+void TrainStepRunner::head(const TrainBatch& batch) {
+  const nn::VitConfig& config = model_.config;
+  const int channels = int(config.embed_dim), tokens = model_.blocks.back().tokens_after();
+  add_and_norm(scale_of(batch, int(config.depth) - 1, 1), true, tokens, nullptr, nullptr, nullptr, 0);
+  const float* x = memory_.stream[size_t(stream_)].get<float>();
+  int64_t stride = int64_t(tokens) * channels;
+  if (config.pool == nn::Pool::avg) {
+    cuda::mean_of_tokens(x, DType::fp32, memory_.batch, tokens, int(config.protected_tokens()), channels,
+                         memory_.pooled.get<float>(), main_);
+    x = memory_.pooled.get<float>();
+    stride = channels;
+  }
+  cuda::norm_rows({.x = x,
+                   .x_stride = stride,
+                   .weight = model_.norm.weight,
+                   .bias = model_.norm.bias,
+                   .eps = float(config.norm_eps),
+                   .normalised = memory_.features_normalised.get<float>(),
+                   .inverse_deviation = memory_.features_inverse.get<float>(),
+                   .y = memory_.features.get<float>(),
+                   .rows = memory_.batch,
+                   .channels = channels},
+                  main_);
+  runner_.run({.x = memory_.features.get(),
+               .weight = model_.head_weight,
+               .bias = model_.head_bias,
+               .y = memory_.logits.get(),
+               .rows = memory_.batch,
+               .in = channels,
+               .out = int(config.num_classes),
+               .compute = DType::fp32,
+               .result = DType::fp32},
+              main_);
+  cuda::cross_entropy({.logits = memory_.logits.get<float>(),
+                       .labels = batch.labels,
+                       .d_logits = memory_.d_logits.get<float>(),
+                       .status = batch.status,
+                       .batch = memory_.batch,
+                       .classes = int(config.num_classes)},
+                      main_);
+}
+
+void TrainStepRunner::enqueue(const TrainBatch& batch) {
+  stream_ = 0;
+  embed(batch);
+  for (int i = 0; i < int(model_.blocks.size()); ++i) forward_block(batch, i);
+  head(batch);
+  head_backward(batch);
+  for (int i = int(model_.blocks.size()) - 1; i >= 0; --i) backward_block(batch, i);
+  if (needed(kEmbedPosition)) backward_embed();
+}
+
+}  // namespace pyra::engine

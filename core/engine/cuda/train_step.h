@@ -1,0 +1,127 @@
+// A training step as a sequence of kernels: forward, loss, backward down to what trains first. The optimiser follows in
+// cuda_trainer.cpp.
+#pragma once
+#include "engine/cuda/forward.h"
+#include "engine/cuda/train_model.h"
+
+namespace pyra::engine {
+
+/// What the forward pass of a block leaves for the way back.
+struct SavedBlock {
+  DeviceMemory normalised1, normalised2;  ///< [rows,C] compute: norm1's and norm2's rows before weight and bias
+  DeviceMemory inverse1, inverse2;        ///< [rows] fp32
+  std::array<DeviceMemory, 4> low;        ///< [rows,padded] compute: drop(x) Aᵀ, at the index of the linear kind
+  DeviceMemory qkv;                       ///< [rows,3C] compute
+  DeviceMemory attended, log_sum;         ///< [rows,C] compute, [B,H,N] fp32
+  DeviceMemory hidden;                    ///< [rows,fc2.stride] compute: before GELU
+  DeviceMemory keep, src, dst, cosine;    ///< the plan
+};
+
+/// All memory of a step, planned once for its one batch size.
+struct TrainMemory {
+  TrainMemory() = default;
+  TrainMemory(const TrainModel& model, int batch);
+  /// Bytes that `batch` images would take.
+  [[nodiscard]] static size_t bytes_for(const TrainModel& model, int batch);
+
+  int batch = 0;
+  size_t bytes = 0;
+  std::vector<DeviceMemory> stream;  ///< fp32; the one before each merge, and the last
+  std::vector<DeviceMemory> sizes;   ///< [B,N], of the tokens after each merge
+  std::vector<SavedBlock> blocks;
+  std::array<DeviceMemory, 2> d_stream;  ///< [B,N,C] fp32
+  DeviceMemory rows;                     ///< [rows,C + columns] compute: a norm's output; its gradient
+  DeviceMemory branch;                   ///< [rows,C] compute: what proj and fc2 add to the stream; its gradient
+  DeviceMemory wide;                     ///< patches, hidden rows after GELU; gradients of hidden rows and of q, k, v
+  DeviceMemory spare;                    ///< [rows,stride] compute, where proj or fc2 have a LoRA term: their inputs
+  DeviceMemory class_rows;
+  DeviceMemory pooled, pooled_gradient, features_normalised, features_inverse, features, d_features;
+  DeviceMemory logits, d_logits;
+  std::vector<DeviceMemory> partials;  ///< gradients' partial sums
+
+ private:
+  template <class Allocate>
+  void plan(const TrainModel& model, int images, const Allocate& allocate);
+};
+
+/// Where a step finds its batch, on the device.
+struct TrainBatch {
+  const void* images = nullptr;  ///< uint8 [B,S,S,3], or fp32 [B,3,S,S] if `is_float`
+  bool is_float = false;
+  const int32_t* labels = nullptr;      ///< [B]
+  const float* branch_scale = nullptr;  ///< [depth,2,B], drop-path's factor; null: none is dropped
+  kernels::cuda::StepStatus* status = nullptr;
+};
+
+class TrainStepRunner {
+ public:
+  /// Chooses where partial sums go: the model's segments are complete after this.
+  TrainStepRunner(TrainModel& model, const nn::Preprocess& preprocess, int batch,
+                  std::shared_ptr<kernels::cuda::GemmCache> cache);
+  ~TrainStepRunner();
+  TrainStepRunner(const TrainStepRunner&) = delete;
+  TrainStepRunner& operator=(const TrainStepRunner&) = delete;
+
+  [[nodiscard]] cudaStream_t stream() const { return main_; }
+  [[nodiscard]] size_t bytes() const { return memory_.bytes; }
+  /// Neither allocates nor synchronises once every shape's matrix product has been chosen (the first call).
+  void enqueue(const TrainBatch& batch);
+
+ private:
+  void plan_partials();
+  void plan_norm(const TrainNorm& norm, int rows);
+  void plan_linear(const TrainLinear& layer, int rows);
+  void plan_gate(const TrainBlock& block);
+  float* add_partial(TrainedSlot slot, int chunks, int64_t chunk_stride);
+  void point_to_partial(TrainedSlot slot, float* partial, int chunks, int64_t chunk_stride);
+  [[nodiscard]] float* partial_of(TrainedSlot slot);
+
+  void embed(const TrainBatch& batch);
+  void forward_block(const TrainBatch& batch, int index);
+  void add_and_norm(const float* branch_scale, bool adds, int tokens, const TrainNorm* norm, DeviceMemory* normalised,
+                    DeviceMemory* inverse, int64_t y_stride);
+  void low_rank_input(const TrainLinear& layer, int block, sdk::LinearKind kind, void* input, int rows);
+  [[nodiscard]] kernels::cuda::LinearCall call_of(const TrainLinear& layer, const void* x, int rows) const;
+  void product(const TrainLinear& layer, const void* x, int rows, void* y);
+  void match(int index);
+  void attend(int index);
+  [[nodiscard]] const void* projection_input(int index);
+  void merge(int index);
+  void hidden_rows(int index);
+  void head(const TrainBatch& batch);
+  void copy_rows(const void* from, int from_stride, void* to, int to_stride, int columns, int rows);
+  [[nodiscard]] const float* sizes() const;
+  [[nodiscard]] const float* scale_of(const TrainBatch& batch, int block, int branch) const;
+
+  void head_backward(const TrainBatch& batch);
+  void backward_block(const TrainBatch& batch, int index);
+  void backward_mlp(int index);
+  void backward_norm2_and_merge(const TrainBatch& batch, int index);
+  void backward_attention(int index);
+  void backward_embed();
+  void norm_backward(const TrainNorm& norm, const DeviceMemory& normalised, const DeviceMemory& inverse, int64_t stride,
+                     int rows, int tokens, void* d_branch, const float* scale);
+  void product_backward(const TrainLinear& layer, const void* dy, int64_t dy_stride, int rows, void* dx,
+                        const void* activation = nullptr);
+  void low_columns_backward(const TrainLinear& layer, const void* dy, int rows, void* d_input);
+  void low_rank_backward(const TrainLinear& layer, int block, sdk::LinearKind kind, const void* dy, int64_t dy_stride,
+                         const void* x, int64_t x_stride, const TrainNorm* norm, void* d_input, int rows,
+                         bool input_needed);
+  void sum_columns(TrainedSlot slot, const void* d, DType dtype, int64_t stride, int rows, int channels,
+                   const void* factor = nullptr);
+  /// Whether anything trains at this position or before it.
+  [[nodiscard]] bool needed(int position) const { return position >= model_.first_position; }
+
+  TrainModel& model_;
+  nn::Preprocess preprocess_;
+  TrainMemory memory_;
+  kernels::cuda::LinearRunner runner_;
+  cudaStream_t main_ = nullptr, side_ = nullptr;
+  cudaEvent_t fork_ = nullptr, join_ = nullptr;
+  // Where the pass being enqueued stands.
+  int stream_ = 0;    ///< of memory_.stream
+  int d_stream_ = 0;  ///< of memory_.d_stream
+  bool exact_gelu_ = false;
+};
+
+}  // namespace pyra::engine

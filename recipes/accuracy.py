@@ -1,0 +1,161 @@
+"""The working half of accuracy.sh: runs pyractl, and makes a table of means and paired differences."""
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+# name: (PEFT method, merger, schedule). ToMe "untrained" is the dense LoRA model merged without training.
+METHODS = {
+    "LoRA, dense": ("lora", "none", None),
+    "BitFit, dense": ("bitfit", "none", None),
+    "LoRA + PYRA low": ("lora", "pyra", "low"),
+    "LoRA + ToMe low": ("lora", "tome", "low"),
+    "LoRA + DiffRate low": ("lora", "diffrate", "low"),
+    "LoRA + PYRA high": ("lora", "pyra", "high"),
+    "LoRA + ToMe high": ("lora", "tome", "high"),
+    "LoRA + DiffRate high": ("lora", "diffrate", "high"),
+}
+UNTRAINED = {"ToMe low, not trained": ("tome", "low"), "ToMe high, not trained": ("tome", "high")}
+PAIRS = [("LoRA + PYRA high", "LoRA + ToMe high"), ("LoRA, dense", "LoRA + PYRA low"),
+         ("LoRA + PYRA high", "ToMe high, not trained"), ("LoRA + PYRA low", "LoRA + ToMe low"),
+         ("LoRA + PYRA high", "LoRA + DiffRate high")]  # fmt: skip
+# Student's t for 95 %, by degrees of freedom.
+T95 = [0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+       2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045]  # fmt: skip
+
+
+def pyractl(*arguments):
+    command = [os.environ["PYRACTL"], *map(str, arguments), "--json", "--quiet"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {answer.returncode}: {answer.stderr.strip()}")
+    return json.loads(answer.stdout)
+
+
+def row(model, task, seed, method, report, **more):
+    return {"model": model, "task": task, "seed": seed, "method": method, "top1": report["top1"],
+            "images": report["images"], **more}  # fmt: skip
+
+
+def train(options, model, file, task, data, method, seed):
+    """The rows of one training: its own and, of the dense one, those merged without training."""
+    peft, merger, schedule = METHODS[method]
+    run = options.out / "runs" / f"{model}-{task}-{method.replace(', ', '-').replace(' ', '')}-{seed}"
+    settings = [f"train.epochs={options.epochs}", f"seed={seed}", f"peft.name={peft}", f"merge.name={merger}",
+                f"train.lr={options.lr}", "train.checkpoint_every=100000", *options.set]  # fmt: skip
+    if peft == "lora":
+        settings.append(f"peft.rank={options.rank}")
+    if schedule:
+        settings.append(f"merge.schedule={schedule}")
+    recipe = options.out / "recipe.toml"
+    goes_on = ["--resume"] if (run / "run.toml").exists() else []
+    report = pyractl("finetune", "--recipe", recipe, "--model", file, "--data", data, "--out", run, "--device",
+                     options.device, *goes_on, *[word for s in settings for word in ("--set", s)])  # fmt: skip
+    rows = [row(model, task, seed, method, {"top1": report["accuracy"], "images": report["test_images"]},
+                train_seconds=report["train_seconds"], images_per_second=report["images_per_second"],
+                dtype=report["dtype"], device=report["device"], epochs=options.epochs, lr=options.lr,
+                protocol=report["protocol"], trained=report["trained_params"], macs=report["macs"])]  # fmt: skip
+    if method == "LoRA, dense":
+        merged = run / "merged.safetensors"
+        pyractl("merge-lora", run, "--out", merged)
+        for name, (merge, to) in UNTRAINED.items():
+            seen = pyractl("eval", merged, "--data", data, "--device", options.device, "--set", f"merge.name={merge}",
+                           "--set", f"merge.schedule={to}")  # fmt: skip
+            rows.append(row(model, task, seed, name, seen, dtype=report["dtype"], device=report["device"]))
+        merged.unlink()
+    return rows
+
+
+def difference(rows, model, better, worse):
+    """Mean of the paired differences over tasks and seeds, and half its 95 % interval, in points."""
+    by_key = {(r["task"], r["seed"], r["method"]): r["top1"] for r in rows if r["model"] == model}
+    pairs = [100 * (value - by_key[task, seed, worse]) for (task, seed, method), value in by_key.items()
+             if method == better and (task, seed, worse) in by_key]  # fmt: skip
+    if len(pairs) < 2:
+        return None
+    t = T95[len(pairs) - 1] if len(pairs) <= len(T95) else 1.96
+    return statistics.mean(pairs), t * statistics.stdev(pairs) / math.sqrt(len(pairs)), len(pairs)
+
+
+def table(rows, models, tasks):
+    lines = []
+    for model in models:
+        lines += ["", f"**{model}**: top-1 in %, mean ± standard deviation over seeds", "",
+                  "| method | " + " | ".join(tasks) + " | mean |", "|---" * (len(tasks) + 2) + "|"]  # fmt: skip
+        for method in [*METHODS, *UNTRAINED]:
+            cells, means = [], []
+            for task in tasks:
+                found = [100 * r["top1"] for r in rows if (r["model"], r["task"], r["method"]) == (model, task, method)]
+                if not found:
+                    cells.append("")
+                    continue
+                means.append(statistics.mean(found))
+                cells.append(f"{means[-1]:.1f} ± {statistics.stdev(found) if len(found) > 1 else 0:.1f}")
+            mean = f"{statistics.mean(means):.1f}" if len(means) == len(tasks) else ""
+            if means:
+                lines.append(f"| {method} | " + " | ".join(cells) + f" | {mean} |")
+        lines += ["", "| paired difference over tasks and seeds | points | 95 % interval | pairs |", "|---|---|---|---|"]
+        for better, worse in PAIRS:
+            found = difference(rows, model, better, worse)
+            if found:
+                mean, half, count = found
+                lines.append(f"| {better} − {worse} | {mean:+.2f} | {mean - half:+.2f} to {mean + half:+.2f} | {count} |")
+    return "\n".join(lines) + "\n"
+
+
+def named(text):
+    """"ti=FILE,s=FILE" or "FILE,FILE" as {name: path}; a file's name without its ending is its name."""
+    pairs = [part.split("=", 1) if "=" in part else (Path(part).stem, part) for part in text.split(",")]
+    return {name: Path(path) for name, path in pairs}
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="accuracy.sh", description=__doc__)
+    parser.add_argument("--models", type=named, required=True, metavar="NAME=FILE,…")
+    parser.add_argument("--data", type=named, required=True, metavar="TASK,…")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--methods", default=",,".join(METHODS), help="separated by two commas; default: all")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="for every training")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "recipe.toml").write_text('protocol = "vtab"\n')
+    log = options.out / "results.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(r["model"], r["task"], r["seed"], r["method"]) for r in rows}
+    jobs = [(model, file, task, data, method, int(seed)) for seed in options.seeds.split(",")
+            for task, data in options.data.items() for model, file in options.models.items()
+            for method in options.methods.split(",,")
+            if (model, task, int(seed), method) not in done]  # fmt: skip
+    failed = 0
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, log.open("a") as out:
+        for future in concurrent.futures.as_completed(pool.submit(train, options, *job) for job in jobs):
+            try:
+                found = future.result()
+            except RuntimeError as error:
+                failed += 1
+                print(f"accuracy.sh: {error}", file=sys.stderr)
+                continue
+            for new in found:
+                rows.append(new)
+                print(json.dumps(new), file=out, flush=True)
+                print(f"{new['model']} {new['task']} {new['method']} seed {new['seed']}: {100 * new['top1']:.1f} %",
+                      file=sys.stderr)  # fmt: skip
+    text = table(rows, options.models, options.data)
+    (options.out / "table.md").write_text(text)
+    print(text)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
