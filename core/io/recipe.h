@@ -45,7 +45,7 @@ struct Recipe {
   std::filesystem::path model, data, out;
   int64_t seed = 0;
   std::string protocol = "vtab";  ///< "vtab" or "paper"
-  std::string dtype;  ///< empty: fp32 on the CPU, bf16 on a GPU
+  std::string dtype;              ///< empty: fp32 on the CPU, bf16 on a GPU
   bool new_head = false;
   TrainSettings train;
   PluginChoice peft{.name = "lora", .parameters = {}};
