@@ -9,7 +9,7 @@ import sys
 
 import timm
 import torch
-from timm_peers import MergingVit
+from timm_peers import LoraLinear, MergingVit
 
 # (architecture, merger, schedule, batches): each also gives its dense row.
 OURS = [
@@ -37,7 +37,22 @@ PEERS = [
     ("pyra", "high", 256, True),
     ("pyra", "low", 256, True),
 ]
+# The same of training with LoRA of rank 8: AdamW, drop-path 0.1, LoRA dropout 0.1.
+OURS_TRAINING = [
+    ("vit_base_patch16_224", "pyra", "high", "32,128"),
+    ("vit_base_patch16_224", "pyra", "low", "32,128"),
+    ("vit_base_patch16_224", "tome", "high", "32,128"),
+]
+PEERS_TRAINING = [
+    (None, None, 32, False),
+    ("pyra", "high", 32, False),
+    (None, None, 128, False),
+    ("pyra", "high", 128, False),
+    (None, None, 32, True),
+    (None, None, 128, True),
+]
 PEER_ARCH = "vit_base_patch16_224"
+DROP_PATH = 0.1
 
 
 def pyractl(*arguments):
@@ -51,12 +66,12 @@ def pyractl(*arguments):
 def our_rows(options):
     """Medians by name; the context of the last run. A dense row that several runs measured keeps its first figure."""
     rows, context = {}, {}
-    for arch, merger, schedule, batches in OURS:
+    for arch, merger, schedule, batches in OURS if options.mode == "infer" else OURS_TRAINING:
         if options.quick and arch != PEER_ARCH:
             continue
         print(f"pyractl {arch} {merger} {schedule}", file=sys.stderr)
-        document = pyractl("--arch", arch, "--merge", merger, "--schedule", schedule, "--batch", batches, "--dtype",
-                           options.dtype, "--repetitions", str(options.repetitions), "--min-time", "0.1")  # fmt: skip
+        document = pyractl("--arch", arch, "--merge", merger, "--schedule", schedule, "--batch", batches, "--mode",
+                           options.mode, "--dtype", options.dtype, "--repetitions", str(options.repetitions), "--min-time", "0.1")  # fmt: skip
         context = document["context"]
         dense = {}
         for run in document["benchmarks"]:
@@ -81,44 +96,91 @@ def run_key(name):
     return parts[1], parts[-1]
 
 
-def peer_row(merger, schedule, batch, compiled, options):
-    torch.manual_seed(0)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
+def compiled_or_not(model, compiled, options):
+    if not compiled:
+        return model
+    return torch.compile(model, mode="max-autotune" if options.autotune else "reduce-overhead")
+
+
+def infer_step(merger, schedule, batch, compiled, dtype, options):
     model = timm.create_model(PEER_ARCH).eval().to("cuda", dtype)
     if merger:
         model = MergingVit(model, merger, schedule).eval().to("cuda", dtype)
-    if compiled:
-        model = torch.compile(model, mode="max-autotune" if options.autotune else "reduce-overhead")
+    model = compiled_or_not(model, compiled, options)
     images = torch.randn(batch, 3, 224, 224, device="cuda", dtype=dtype)
+
+    def step():
+        with torch.inference_mode():
+            model(images)
+
+    return step
+
+
+def train_step(merger, schedule, batch, compiled, dtype, options):
+    """fp32 masters under autocast, as PyTorch's users train; AdamW's fused form."""
+    model = timm.create_model(PEER_ARCH, drop_path_rate=DROP_PATH).requires_grad_(False)
+    for block in model.blocks:
+        block.attn.qkv = LoraLinear(block.attn.qkv)
+    model.head.requires_grad_(True)
+    if merger:
+        model = MergingVit(model, merger, schedule)
+    model = model.cuda().train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-7, weight_decay=1e-4, fused=True)
+    model = compiled_or_not(model, compiled, options)
+    images = torch.randn(batch, 3, 224, 224, device="cuda")
+    labels = torch.randint(0, 1000, (batch,), device="cuda")
+
+    def step():
+        optimiser.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", dtype):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def peer_row(merger, schedule, batch, compiled, options):
+    torch.manual_seed(0)
+    torch.cuda.empty_cache()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
+    make_step = infer_step if options.mode == "infer" else train_step
+    step = make_step(merger, schedule, batch, compiled, dtype, options)
     times = []
-    with torch.inference_mode():
-        for _ in range(10):
-            model(images)
-        for _ in range(40):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            model(images)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
+    for _ in range(10):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(40):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
     ms = statistics.median(times)
     kind = f"{merger}-{schedule}" if merger else "dense"
     peer = "timm-compiled" if compiled else "timm-eager"
-    name = f"{peer}/infer/{PEER_ARCH}/{kind}/cuda/{options.dtype}/b{batch}"
+    name = f"{peer}/{options.mode}/{PEER_ARCH}/{kind}/cuda/{options.dtype}/b{batch}"
     print(f"{name} {1e3 * batch / ms:.0f}", file=sys.stderr)
-    return {"name": name, "images_per_second": 1e3 * batch / ms, "ms": ms}
+    row = {"name": name, "images_per_second": 1e3 * batch / ms, "ms": ms}
+    if not compiled:  # a captured graph's pool is not counted
+        row["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return row
 
 
 def markdown(document):
     context = document["context"]
     lines = [f"{context['device']}, driver {context['driver']}, highest clock {context['gpu_clock_mhz']} MHz, "
              f"{context['clocks']}; commit {context['commit']}; torch {context['peer']['torch']}, timm "
-             f"{context['peer']['timm']}", "", "| row | images/s | ms | over its dense |", "|---|---|---|---|"]  # fmt: skip
+             f"{context['peer']['timm']}", "", "| row | images/s | ms | over its dense | peak MB |", "|---|---|---|---|---|"]  # fmt: skip
     for row in document["rows"]:
         speed_up = f"{row['speed_up']:.2f}x" if "speed_up" in row else ""
         if row.get("slower_than_dense"):
             speed_up += " (slower than dense)"
-        lines.append(f"| {row['name']} | {row['images_per_second']:,.0f} | {row['ms']:.3f} | {speed_up} |")
+        peak = f"{row['peak_memory_bytes'] / 1e6:,.0f}" if "peak_memory_bytes" in row else ""
+        lines.append(f"| {row['name']} | {row['images_per_second']:,.0f} | {row['ms']:.3f} | {speed_up} | {peak} |")
     return "\n".join(lines) + "\n"
 
 
@@ -139,6 +201,7 @@ def main():
     parser = argparse.ArgumentParser(prog="bench_gpu.sh", description="pyractl beside timm on a GPU")
     parser.add_argument("--out", default="bench_gpu", help="writes OUT.json and OUT.md (default bench_gpu)")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--mode", default="infer", choices=["infer", "train"])
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="ViT-B only")
     parser.add_argument("--no-peers", action="store_true", help="our rows alone")
@@ -153,7 +216,8 @@ def main():
     context["peer"] = {"torch": torch.__version__, "timm": timm.__version__}
     document = {"context": context, "rows": rows}
     write(document, options.out)
-    for peer in [] if options.no_peers else PEERS:
+    peers = PEERS if options.mode == "infer" else PEERS_TRAINING
+    for peer in [] if options.no_peers else peers:
         rows.append(peer_row(*peer, options))
         write(document, options.out)  # after each: a compiler that fails loses nothing
     print(markdown(document))

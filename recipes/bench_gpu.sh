@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # pyractl beside PyTorch + timm (eager and compiled) on this machine's GPU, in one run; docs/benchmarks.md holds results.
 #
-#   recipes/bench_gpu.sh [--out NAME] [--dtype bf16] [--quick] [--no-peers]      about 6 minutes on an H100
+#   recipes/bench_gpu.sh [--out NAME] [--mode infer|train] [--dtype bf16] [--quick] [--no-peers]
+#
+# About 6 minutes on an H100, training 4.
 #
 # Our rows: `pyractl bench` with CUDA events, images on the GPU, medians; ViT-B at batches 1 to 512, ViT-L, ViT-S and
 # distilled DeiT-B, dense and merged in turn. Peers: timm dense, and timm with ToMe's and PYRA's merge as published.
