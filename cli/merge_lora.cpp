@@ -23,16 +23,20 @@ void add_merge_lora(CLI::App& root, Session& session) {
   CLI::App* command =
       add_command(root, session, "merge-lora", "Write a tuned model as one file, its PEFT method merged and verified");
   command->add_option("RUN", options->run, "Run folder of `pyractl finetune`")->required()->type_name("");
-  command->add_option("--out", options->out, "Model file to write")->required()->type_name("MODEL");
-  command->add_option("--format", options->format, "pyra or timm")->type_name("F")->capture_default_str();
-  command->add_flag("--drop-merge", options->drop_merge, "Leave the merger out (timm's files cannot carry one)");
+  command->add_option("--out", options->out, "Model file, or folder, to write")->required()->type_name("MODEL");
+  command->add_option("--format", options->format, "pyra, timm, or hf: a folder for transformers")
+      ->type_name("F")
+      ->capture_default_str();
+  command->add_flag("--drop-merge", options->drop_merge,
+                    "Leave the merger out (timm's and Hugging Face's formats cannot carry one)");
   command->footer(R"(
 The weights are merged in fp32, written, read back and run on seeded noise beside the tuned model. Exits with 7, and
 leaves no file, when a logit differs by more than 1e-4 of the largest.
 
 Examples:
   pyractl merge-lora runs/first --out tuned.safetensors
-  pyractl merge-lora runs/first --out tuned_timm.safetensors --format timm --drop-merge)");
+  pyractl merge-lora runs/first --out tuned_timm.safetensors --format timm --drop-merge
+  pyractl merge-lora runs/first --out tuned_hf --format hf --drop-merge)");
   command->callback([options, &session] {
     session.action = [options, &session] {
       const auto report = tasks::merge_lora(*options, session.plugins(), session.progress());

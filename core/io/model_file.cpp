@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "io/hf_model.h"
 #include "io/model_metadata.h"
 #include "io/safetensors.h"
 #include "io/timm_model.h"
@@ -12,15 +13,6 @@ namespace {
 
 constexpr const char* kEntry = "pyra";
 constexpr std::string_view kMergePrefix = "merge.";
-
-at::Tensor read_fp32(const SafetensorsFile& file, const std::string& name) {
-  const std::string& dtype = file.entries().find(name)->second.dtype;
-  if (dtype != "F32" && dtype != "F16" && dtype != "BF16" && dtype != "F64") {
-    fail(ExitCode::input, file.path().string(), ": tensor '", printable(name), "' is ", dtype,
-         ", expected F32, F16, BF16 or F64");
-  }
-  return file.tensor(name).to(at::kFloat);
-}
 
 /// All shapes are compared before the first tensor is read.
 void check_shapes(const SafetensorsFile& file, const std::string& prefix,
@@ -95,7 +87,9 @@ void check_model(const ModelFile& model, const std::string& where) {
 
 }  // namespace
 
-ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& options) {
+namespace {
+
+ModelFile read_file_model(const std::filesystem::path& path, const ReadModelOptions& options) {
   const SafetensorsFile file(path);
   const auto entry = file.metadata().find(kEntry);
   const bool ours = entry != file.metadata().end();
@@ -103,6 +97,13 @@ ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& 
   ModelFile model = ours ? parse_model_metadata(entry->second, cat(path.string(), ": metadata '", kEntry, "'"))
                          : describe_timm_model(file, prefix, options);
   read_weights(file, prefix, model);
+  return model;
+}
+
+}  // namespace
+
+ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& options) {
+  ModelFile model = is_hf_folder(path) ? read_hf_model(path) : read_file_model(path, options);
   if (options.image_size && *options.image_size != model.config.image_size) {
     change_image_size(model, *options.image_size, path.string());
   }
@@ -110,6 +111,10 @@ ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& 
 }
 
 void write_model(const std::filesystem::path& path, const ModelFile& model, ModelFormat format) {
+  if (format == ModelFormat::hf) {
+    check_model(model, path.string());
+    return write_hf_model(path, model);
+  }
   if (format == ModelFormat::timm && model.merge) {
     fail(ExitCode::usage, path.string(), ": a timm file cannot carry the merge '", model.merge->name,
          "'; use --format pyra, or --drop-merge to write the dense model");

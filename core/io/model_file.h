@@ -1,5 +1,5 @@
 // A model on disk: one safetensors file whose metadata entry "pyra" (JSON) is enough to run it anywhere.
-// timm's files (same tensor names, no such entry) are read too.
+// timm's files (same tensor names, no such entry) and Hugging Face folders are read too.
 #pragma once
 #include <filesystem>
 #include <map>
@@ -38,13 +38,14 @@ struct ReadModelOptions {
   std::optional<int64_t> num_heads{};  ///< for files whose names and shapes do not tell
 };
 
-/// Reads ours or timm's; Error(input) names file, tensor, got, expected. Half-precision weights become fp32.
-/// A config is inferred from shapes where no metadata says it (heads: from the architecture named in the
+/// Reads ours, timm's, or a Hugging Face folder; Error(input) names file, tensor, got, expected. Half-precision weights
+/// become fp32. A config is inferred from shapes where no metadata says it (heads: from the architecture named in the
 /// metadata, else embed_dim / 64).
 [[nodiscard]] ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& options = {});
 
-enum class ModelFormat { pyra, timm };
-/// Atomic. timm cannot carry a merge: Error(usage) when the model has one (pass it without).
+enum class ModelFormat { pyra, timm, hf };
+/// Atomic, but for hf, which is a new folder (hf_model.h). timm and hf cannot carry a merge: Error(usage) when the
+/// model has one (pass it without).
 void write_model(const std::filesystem::path& path, const ModelFile& model, ModelFormat format = ModelFormat::pyra);
 
 }  // namespace pyra::io

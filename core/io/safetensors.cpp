@@ -134,6 +134,15 @@ sdk::TensorMap SafetensorsFile::tensors() const {
   return all;
 }
 
+at::Tensor read_fp32(const SafetensorsFile& file, const std::string& name) {
+  const std::string& dtype = file.entries().find(name)->second.dtype;
+  if (dtype != "F32" && dtype != "F16" && dtype != "BF16" && dtype != "F64") {
+    fail(ExitCode::input, file.path().string(), ": tensor '", printable(name), "' is ", dtype,
+         ", expected F32, F16, BF16 or F64");
+  }
+  return file.tensor(name).to(at::kFloat);
+}
+
 void write_safetensors(const std::filesystem::path& path, const sdk::TensorMap& tensors, Metadata metadata) {
   metadata["format"] = "pt";
   std::vector<std::pair<std::string_view, at::Tensor>> order;

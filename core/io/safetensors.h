@@ -43,6 +43,9 @@ class SafetensorsFile {
   std::unique_ptr<State> state_;
 };
 
+/// A weight as fp32; Error(input) for one that is not F32, F16, BF16 or F64.
+[[nodiscard]] at::Tensor read_fp32(const SafetensorsFile& file, const std::string& name);
+
 /// Atomic; tensors may be of any dtype listed by the format that LibTorch has. `format: pt` is always written.
 /// Names are sorted, so equal contents give equal bytes.
 void write_safetensors(const std::filesystem::path& path, const sdk::TensorMap& tensors, Metadata metadata = {});

@@ -53,7 +53,7 @@ class Tensors {
         return "; this is a PEFT adapter, give the model it belongs to, or merge it with 'pyractl merge-lora'";
       }
       if (name.find("embeddings.patch_embeddings") != std::string::npos) {
-        return "; these are Hugging Face transformers' names, which this version does not read";
+        return "; these are Hugging Face transformers' names: give the folder, with its config.json, not the file";
       }
     }
     return "";

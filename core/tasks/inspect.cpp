@@ -7,6 +7,7 @@
 #include "data/dataset.h"
 #include "data/image.h"
 #include "io/atomic_file.h"
+#include "io/hf_model.h"
 #include "io/model_file.h"
 #include "io/recipe.h"
 #include "io/safetensors.h"
@@ -116,6 +117,14 @@ Inspection safetensors_facts(const std::filesystem::path& path, const host::Plug
   return tensors;
 }
 
+/// A Hugging Face folder; of one in shards the tensors are not listed.
+ModelFacts hf_facts(const std::filesystem::path& folder, const host::PluginRegistry& plugins) {
+  TensorFile tensors;
+  if (std::filesystem::exists(folder / io::kHfWeights))
+    tensors = tensor_facts(io::SafetensorsFile(folder / io::kHfWeights));
+  return model_facts(folder, std::move(tensors), plugins);
+}
+
 std::string last_line(const std::filesystem::path& path) {
   std::ifstream in(path);
   std::string last;
@@ -168,6 +177,7 @@ Inspection inspect(const std::filesystem::path& path, const host::PluginRegistry
   if (!std::filesystem::exists(status)) fail(ExitCode::input, path.string(), ": no such file or folder");
   if (std::filesystem::is_directory(status)) {
     if (std::filesystem::exists(path / "run.toml")) return run_facts(path);
+    if (io::is_hf_folder(path)) return hf_facts(path, plugins);
     return dataset_facts(path);
   }
   const std::string head = head_of(path);

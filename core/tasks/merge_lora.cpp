@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "base/philox.h"
 #include "io/atomic_file.h"
+#include "io/hf_model.h"
 #include "io/json.h"
 #include "tasks/run_folder.h"
 
@@ -83,7 +84,8 @@ at::Tensor noise(int64_t size) {
 io::ModelFormat parse_format(const std::string& format) {
   if (format == "pyra") return io::ModelFormat::pyra;
   if (format == "timm") return io::ModelFormat::timm;
-  fail(ExitCode::usage, "--format ", format, ": this version writes pyra and timm");
+  if (format == "hf") return io::ModelFormat::hf;
+  fail(ExitCode::usage, "--format ", format, ": expected pyra, timm or hf");
 }
 
 /// The tuned model as the run left it.
@@ -111,15 +113,16 @@ void add_provenance(const RunFolder& run, io::ModelFile& file) {
   }
 }
 
-/// A file that goes away unless it was given its final name.
+/// A file, or a Hugging Face folder, that goes away unless it was given its final name.
 class Unverified {
  public:
-  explicit Unverified(const fs::path& target)
+  Unverified(const fs::path& target, io::ModelFormat format)
       : target_(target),
-        path_(target.parent_path() / cat(".", target.stem().string(), ".", getpid(), ".unverified.safetensors")) {}
+        path_(target.parent_path() / cat(".", target.stem().string(), ".", getpid(), ".unverified",
+                                         format == io::ModelFormat::hf ? "" : ".safetensors")) {}
   ~Unverified() {
     std::error_code ignored;
-    if (!named_) fs::remove(path_, ignored);
+    if (!named_) fs::remove_all(path_, ignored);
   }
   Unverified(const Unverified&) = delete;
   Unverified& operator=(const Unverified&) = delete;
@@ -161,23 +164,26 @@ Verification verify_model(const fs::path& path, const nn::Vit& reference, const 
 MergeLoraReport merge_lora(const MergeLoraOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
   const io::ModelFormat format = parse_format(options.format);
   if (options.out.empty()) fail(ExitCode::usage, "no file to write: give --out MODEL");
+  if (format == io::ModelFormat::hf && fs::exists(options.out))
+    fail(ExitCode::usage, options.out.string(),
+         ": is there already; a Hugging Face folder is written anew: give another --out");
   const at::NoGradGuard no_gradients;
   const RunFolder run{options.run};
   MergeLoraReport report{.out = options.out, .format = options.format};
   Model model = open_run(run, plugins, report.peft);
   if (options.drop_merge) detach_merge(model);
-  if (format == io::ModelFormat::timm && model.file.merge) {
-    fail(ExitCode::usage, run.path.string(), ": its model merges tokens (", merge_label(model),
-         ") and a timm file cannot say so; --drop-merge writes it without, --format pyra with");
+  if (format != io::ModelFormat::pyra && model.file.merge) {
+    fail(ExitCode::usage, run.path.string(), ": its model merges tokens (", merge_label(model), ") and --format ",
+         options.format, " cannot say so; --drop-merge writes it without, --format pyra with");
   }
   io::ModelFile file = model.file;
   file.weights = nn::merged_weights(*model.vit);
   add_provenance(run, file);
   progress.note(cat("merging ", report.peft, " into ", file.config.arch));
-  Unverified written(options.out);
+  Unverified written(options.out, format);
   io::write_model(written.path(), file, format);
   report.verification = verify_model(written.path(), *model.vit, plugins);
-  report.file_bytes = fs::file_size(written.path());
+  report.file_bytes = fs::file_size(format == io::ModelFormat::hf ? written.path() / io::kHfWeights : written.path());
   written.take_name();
   report.arch = file.config.arch;
   report.merge = merge_label(model);

@@ -15,7 +15,7 @@ namespace pyra::tasks {
 struct MergeLoraOptions {
   std::filesystem::path run;    ///< a finished run folder
   std::filesystem::path out;    ///< the model file; one that is there already is replaced at the very end
-  std::string format = "pyra";  ///< "pyra" or "timm"
+  std::string format = "pyra";  ///< "pyra", "timm" or "hf": a folder
   bool drop_merge = false;      ///< leave the merger out: timm's files cannot carry one
 };
 

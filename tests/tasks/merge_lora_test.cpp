@@ -94,6 +94,19 @@ TEST_CASE("a base model that has changed since is refused", "[merge-lora]") {
   CHECK_FALSE(std::filesystem::exists(task.folder / "merged.safetensors"));
 }
 
+TEST_CASE("a tuned model leaves for transformers as a folder", "[merge-lora]") {
+  const TinyTask task;
+  const auto trained = task.finetune("run", {"merge.name=none"});
+  const auto report = merge(task, "run", "hf", "hf");
+  CHECK(report.verification.relative() < 1e-4);
+  CHECK(correct(task, "hf") == trained.correct);
+  for (const char* file : {"config.json", "preprocessor_config.json", "model.safetensors"})
+    CHECK(std::filesystem::exists(task.folder / "hf" / file));
+  check_error(ExitCode::usage, {"hf", "already"}, [&] { (void)merge(task, "run", "hf", "hf"); });
+  // Nothing but what was asked for: the unverified folder got its name.
+  for (const auto& name : task.listing()) CHECK(name.find("unverified") == std::string::npos);
+}
+
 TEST_CASE("a timm file cannot carry a merger", "[merge-lora]") {
   const TinyTask task;
   (void)task.finetune("run", {"train.epochs=1"});
@@ -104,7 +117,8 @@ TEST_CASE("a timm file cannot carry a merger", "[merge-lora]") {
   const io::SafetensorsFile file(task.folder / "m.safetensors");
   CHECK(file.contains("blocks.0.attn.qkv.weight"));
   CHECK_FALSE(file.contains("merge.pyra.blocks.0.a"));
-  check_error(ExitCode::usage, {"hf", "pyra and timm"}, [&] { (void)merge(task, "run", "h.safetensors", "hf"); });
+  check_error(ExitCode::usage, {"pyra-4,2", "hf", "--drop-merge"}, [&] { (void)merge(task, "run", "h", "hf"); });
+  check_error(ExitCode::usage, {"onnx", "pyra, timm or hf"}, [&] { (void)merge(task, "run", "h", "onnx"); });
 }
 
 TEST_CASE("BitFit trains the model's own biases, and they stand in the merged file", "[merge-lora]") {
