@@ -16,11 +16,12 @@
 namespace pyra::kernels::cuda {
 namespace {
 
-template <class Compute_, class Row>
+/// Of the element types only d_branch's knows, and that store is cheap to choose at run time: an instance for each type
+/// would treble what is compiled.
+template <class Row>
 struct Shape {
-  using Compute = Compute_;
   static constexpr int kValues = Row::kValues;
-  static constexpr int kWidth = kVectorOf<float, Compute>;
+  static constexpr int kWidth = kVectorOf<float, float>;
   static constexpr int kWarps = kValues <= 32 ? 16 : 8;  // 128 or 255 registers a thread
   static constexpr int kThreads = kWarps * kWarp;
   using Raw = RawRow<float, kValues, kWidth>;
@@ -334,7 +335,12 @@ __device__ __forceinline__ void token_row(const MergeBackwardCall& call, int ima
   const float scale = call.branch_scale ? call.branch_scale[image] : 1.0f;
 #pragma unroll
   for (int v = 0; v < S::kValues; ++v) row[v] = __fmul_rn(row[v], scale);
-  store_row<typename S::Compute, S::kWidth>(static_cast<typename S::Compute*>(call.d_branch) + at, row, channels, lane);
+  if (call.compute == DType::fp32)
+    store_row<float, S::kWidth>(static_cast<float*>(call.d_branch) + at, row, channels, lane);
+  else if (call.compute == DType::bf16)
+    store_row<__nv_bfloat16, S::kWidth>(static_cast<__nv_bfloat16*>(call.d_branch) + at, row, channels, lane);
+  else
+    store_row<__half, S::kWidth>(static_cast<__half*>(call.d_branch) + at, row, channels, lane);
 }
 
 template <class S>
@@ -388,9 +394,7 @@ void check(const MergeBackwardCall& call) {
 void merge_backward(const MergeBackwardCall& call, cudaStream_t stream) {
   check(call);
   if (call.batch == 0) return;
-  with_type(call.compute, [&](auto type) {
-    with_row_shape(call.channels, [&](auto row) { launch<Shape<decltype(type), decltype(row)>>(call, stream); });
-  });
+  with_row_shape(call.channels, [&](auto row) { launch<Shape<decltype(row)>>(call, stream); });
   PYRA_CUDA_LAUNCHED();
 }
 
