@@ -62,6 +62,8 @@ struct Shared {
   __device__ float* d_z1() const { return w1() + channels; }
 };
 constexpr int kDropped = 1 << 30;
+constexpr int kMostChannels =
+    48 * kWarp;  ///< ViT-H and ViT-g; the next shape alone would take as long to compile as all
 
 /// 2 sigmoid(x) - 1, as the forward pass has it.
 __device__ __forceinline__ float gate_of(float x) {
@@ -375,6 +377,9 @@ void check(const MergeBackwardCall& call) {
   constexpr const char* kWho = "merge_backward";
   check_channels(kWho, call.channels);
   check_dtype(kWho, call.compute);
+  if (call.channels > kMostChannels)
+    fail(ExitCode::usage, kWho, ": ", call.channels, " channels; a GPU trains merging models of up to ", kMostChannels,
+         "; use --device cpu");
   if (call.batch < 0 || call.kept < 1 || call.merged < 0 || call.kept + call.merged > call.tokens)
     fail(ExitCode::usage, kWho, ": ", call.tokens, " tokens, ", call.kept, " kept, ", call.merged, " merged, ",
          call.batch, " images");
@@ -394,7 +399,9 @@ void check(const MergeBackwardCall& call) {
 void merge_backward(const MergeBackwardCall& call, cudaStream_t stream) {
   check(call);
   if (call.batch == 0) return;
-  with_row_shape(call.channels, [&](auto row) { launch<Shape<decltype(row)>>(call, stream); });
+  with_row_shape(call.channels, [&](auto row) {
+    if constexpr (decltype(row)::kValues * kWarp <= kMostChannels) launch<Shape<decltype(row)>>(call, stream);
+  });
   PYRA_CUDA_LAUNCHED();
 }
 

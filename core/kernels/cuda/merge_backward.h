@@ -26,7 +26,7 @@ struct MergeBackwardCall {
 };
 
 /// In fp32, in the order of the plan: bit-equal from run to run, and an image's d_x whoever its companions are.
-/// channels: a multiple of 8 up to 4096. Throws Error(usage) where a plan does not fit into shared memory. No
+/// channels: a multiple of 8 up to 1536. Throws Error(usage) where a plan does not fit into shared memory. No
 /// allocation, no synchronisation.
 void merge_backward(const MergeBackwardCall& call, cudaStream_t stream);
 
