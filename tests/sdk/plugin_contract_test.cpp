@@ -327,6 +327,28 @@ TEST_CASE("LoRA's published initial values and rank-stabilised scale", "[lora]")
   CHECK(method->low_rank(sites(model_shape(1)).front(), trained(declared))->scale == Approx(4.0));
 }
 
+TEST_CASE("Consolidator's grouped layer and the matrix it is merged as are the same map", "[consolidator]") {
+  const ModelShape shape = model_shape(1);
+  for (const int64_t groups : {1, 2, 4, 8, 12}) {
+    CAPTURE(groups);
+    const auto method = registry().peft("consolidator", {{"groups", groups}}, "test");
+    const TensorMap learned = trained(method->declare(shape));
+    for (const auto& site : sites(shape)) {
+      REQUIRE(method->adapts(site));
+      const at::Tensor x = at::rand({5, site.in}), y = at::rand({5, site.out});
+      const auto delta = method->delta(site, learned);
+      const at::Tensor merged = y + at::matmul(x, delta.weight.t()) + delta.bias;
+      CHECK(test::max_difference(method->adapt(site, x, y, learned), merged) < 1e-4);
+      // A row of the weight reads in/groups channels, `groups` apart where the shuffle spreads them.
+      CHECK(delta.weight.ne(0).sum(1).max().item<int64_t>() <= site.in / groups);
+    }
+  }
+  // By default the largest power of two up to 64 that divides: 24 and 72 by 8.
+  CHECK(registry().peft("consolidator", {}, "test")->declare(shape).front().shape == std::vector<int64_t>{8, 9, 3});
+  const auto odd = registry().peft("consolidator", {{"groups", int64_t{7}}}, "test");
+  CHECK_THROWS_WITH(odd->declare(shape), Catch::Contains("groups = 7 does not divide") && Catch::Contains("qkv"));
+}
+
 TEST_CASE("BitFit trains every bias and nothing else", "[bitfit]") {
   const auto method = registry().peft("bitfit", {}, "test");
   for (const char* name : {"patch_embed.proj.bias", "blocks.3.attn.qkv.bias", "blocks.0.mlp.fc2.bias", "norm.bias"}) {
