@@ -2,11 +2,20 @@
 // uninitialised palette entries, takes the missing end of a cut file for zeros and 16-bit PNM for 8-bit
 // (CVE-2021-42716). So headers are checked here first, and stb_image sees only files that hold what they declare.
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 
 #include "base/error.h"
 #include "data/decoders.h"
+
+/// From 2.28 on stb_image's PNM reader calls this for 16-bit files and, with PNG and PSD compiled out, has it not. Such
+/// files never come so far; a version that has it finds its own the better match.
+template <class Data, class... Rest>
+static Data* stbi__convert_format16(Data* pixels, Rest...) {
+  std::free(pixels);
+  return nullptr;
+}
 
 #define STB_IMAGE_STATIC
 #define STB_IMAGE_IMPLEMENTATION
