@@ -64,7 +64,7 @@ std::string text_or(const char* text, const char* otherwise) {
 }
 
 /// The entry of a file whose name says `expected`, its tag, kind and name checked.
-const PyraPlugin& open(const fs::path& file, const FileName& expected) {
+const PyraPlugin& open(fs::path file, FileName expected) {  // by value: GCC takes references for what is returned
   const std::string damaged = check_elf(file);
   if (!damaged.empty()) refuse(file, damaged);
   // Its code must outlive every object it made, wherever that dies; so it stays mapped when the handle closes.
