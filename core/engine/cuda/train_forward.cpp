@@ -241,7 +241,7 @@ void TrainStepRunner::merge(int index) {
                       .channels = int(config.embed_dim),
                       .residual = DType::fp32,
                       .compute = model_.types.compute,
-                      .x_out = memory_.stream[size_t(stream_ + 1)].get(),
+                      .x_out = memory_.stream[size_t(stream_) + 1].get(),
                       .sizes_out = memory_.sizes[size_t(stream_)].get<float>(),
                       .norm_weight = block.norm2.weight,
                       .norm_bias = block.norm2.bias,
