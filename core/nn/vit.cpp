@@ -2,6 +2,7 @@
 
 #include "base/error.h"
 #include "nn/vit_parts.h"
+#include "sdk/linear_site.h"
 
 namespace pyra::nn {
 namespace {
@@ -37,14 +38,12 @@ void check_learned(const std::string& plugin, const std::vector<sdk::TensorDecl>
 }  // namespace
 
 std::vector<sdk::LinearSite> linear_sites(const VitConfig& config) {
-  const int64_t dim = config.embed_dim, mlp = config.mlp_dim;
+  using sdk::LinearKind;
   std::vector<sdk::LinearSite> sites;
-  for (int64_t i = 0; i < config.depth; ++i) {
-    sites.push_back({.block = i, .kind = sdk::LinearKind::qkv, .in = dim, .out = 3 * dim});
-    sites.push_back({.block = i, .kind = sdk::LinearKind::proj, .in = dim, .out = dim});
-    sites.push_back({.block = i, .kind = sdk::LinearKind::fc1, .in = dim, .out = mlp});
-    sites.push_back({.block = i, .kind = sdk::LinearKind::fc2, .in = mlp, .out = dim});
-  }
+  sites.reserve(size_t(4 * config.depth));
+  for (int64_t i = 0; i < config.depth; ++i)
+    for (const LinearKind kind : {LinearKind::qkv, LinearKind::proj, LinearKind::fc1, LinearKind::fc2})
+      sites.push_back(sdk::linear_site(config.shape(), i, kind));
   return sites;
 }
 

@@ -9,13 +9,14 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "sdk/linear_site.h"
 #include "sdk/plugin.h"
 
 namespace {
 
 using namespace pyra::sdk;
 
-constexpr int64_t kFusedParts = 3, kMostGroups = 64;
+constexpr int64_t kMostGroups = 64;
 constexpr const char *kWeight = ".consolidator.weight", *kBias = ".consolidator.bias";
 
 struct Layer {
@@ -53,7 +54,7 @@ class Consolidator final : public PeftMethod {
     for (int64_t block = 0; block < shape.depth; ++block) {
       for (size_t i = 0; i < std::size(kLayers); ++i) {
         if (!targeted_[i]) continue;
-        const LinearSite site = site_of(shape, block, kLayers[i].kind);
+        const LinearSite site = linear_site(shape, block, kLayers[i].kind);
         const int64_t groups = groups_of(site);
         tensors.push_back({.name = site.name() + kWeight,
                            .shape = {groups, site.out / groups, site.in / groups},
@@ -109,21 +110,6 @@ class Consolidator final : public PeftMethod {
       pyra::fail(pyra::ExitCode::usage, "consolidator: groups = ", groups_, " does not divide the ", site.in,
                  " inputs and ", site.out, " outputs of ", site.name(), "; set peft.groups to a number that does");
     return groups_;
-  }
-
-  static LinearSite site_of(const ModelShape& shape, int64_t block, LinearKind kind) {
-    const int64_t width = shape.embed_dim;
-    switch (kind) {
-      case LinearKind::qkv:
-        return {block, kind, width, kFusedParts * width};
-      case LinearKind::proj:
-        return {block, kind, width, width};
-      case LinearKind::fc1:
-        return {block, kind, width, shape.mlp_dim};
-      case LinearKind::fc2:
-        return {block, kind, shape.mlp_dim, width};
-    }
-    return {};
   }
 
   int64_t groups_;

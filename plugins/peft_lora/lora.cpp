@@ -7,6 +7,7 @@
 #include <ATen/Functions.h>
 
 #include "base/error.h"
+#include "sdk/linear_site.h"
 #include "sdk/plugin.h"
 
 namespace {
@@ -70,7 +71,7 @@ class Lora final : public PeftMethod {
     for (int64_t block = 0; block < shape.depth; ++block) {
       for (size_t i = 0; i < std::size(kLayers); ++i) {
         if (!targeted_[i]) continue;
-        const LinearSite site = site_of(shape, block, kLayers[i].kind);
+        const LinearSite site = linear_site(shape, block, kLayers[i].kind);
         tensors.push_back(
             {.name = site.name() + kA, .shape = {rank_, site.in}, .init = Init::kaiming_uniform, .fan_in = site.in});
         tensors.push_back({.name = site.name() + kB, .shape = {site.out, rank_}, .init = Init::zeros});
@@ -102,21 +103,6 @@ class Lora final : public PeftMethod {
  private:
   static constexpr const char* kA = ".lora_A.weight";
   static constexpr const char* kB = ".lora_B.weight";
-
-  static LinearSite site_of(const ModelShape& shape, int64_t block, LinearKind kind) {
-    const int64_t width = shape.embed_dim;
-    switch (kind) {
-      case LinearKind::qkv:
-        return {block, kind, width, kFusedParts * width};
-      case LinearKind::proj:
-        return {block, kind, width, width};
-      case LinearKind::fc1:
-        return {block, kind, width, shape.mlp_dim};
-      case LinearKind::fc2:
-        return {block, kind, shape.mlp_dim, width};
-    }
-    return {};
-  }
 
   [[nodiscard]] double scale() const { return alpha_ / (rank_stabilised_ ? std::sqrt(double(rank_)) : double(rank_)); }
 
