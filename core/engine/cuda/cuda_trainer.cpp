@@ -131,6 +131,7 @@ void CudaTrainer::write_inputs(const TrainStep& step, char* to) const {
     order[i] = int32_t(step.indices[i]);
     labels[i] = int32_t(known[step.indices[i]]);
   }
+  if (options_.drop_path <= 0) return;  // batch() says so, and nobody reads the factors
   const int64_t depth = vit_.config().depth;
   auto* scale = reinterpret_cast<float*>(to + layout_.scales);
   for (int64_t block = 0; block < depth; ++block) {

@@ -52,8 +52,7 @@ void TrainMemory::plan(const TrainModel& model, int images, const Allocate& allo
   allocate(wide, b * widest);
   if (spare_row > 0) allocate(spare, b * n * spare_row * compute);
   allocate(class_rows, b * n * heads * 4);
-  for (DeviceMemory* memory : {&pooled, &pooled_gradient, &features_normalised, &features, &d_features})
-    allocate(*memory, b * c * 4);
+  for (DeviceMemory* memory : {&pooled, &features_normalised, &features, &d_features}) allocate(*memory, b * c * 4);
   allocate(features_inverse, b * 4);
   for (DeviceMemory* memory : {&logits, &d_logits}) allocate(*memory, b * size_t(config.num_classes) * 4);
 }

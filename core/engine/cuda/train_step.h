@@ -35,7 +35,7 @@ struct TrainMemory {
   DeviceMemory wide;                     ///< patches, hidden rows after GELU; gradients of hidden rows and of q, k, v
   DeviceMemory spare;                    ///< [rows,stride] compute, where proj or fc2 have a LoRA term: their inputs
   DeviceMemory class_rows;
-  DeviceMemory pooled, pooled_gradient, features_normalised, features_inverse, features, d_features;
+  DeviceMemory pooled, features_normalised, features_inverse, features, d_features;
   DeviceMemory logits, d_logits;
   std::vector<DeviceMemory> partials;  ///< gradients' partial sums
 
