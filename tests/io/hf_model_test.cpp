@@ -124,7 +124,8 @@ TEST_CASE("what is written as a folder is read back the same", "[hf]") {
     check_error(ExitCode::output, {name, "already"}, [&] { write_model(dir / name, model, ModelFormat::hf); });
   }
   ModelFile model = read_model(kFixtures / "vit");
-  model.merge = MergeSpec{.name = "tome"};
+  model.merge.emplace();
+  model.merge->name = "tome";
   check_error(ExitCode::usage, {"tome", "--drop-merge"}, [&] { write_model(dir / "m", model, ModelFormat::hf); });
   CHECK_FALSE(fs::exists(dir / "m"));
 }
