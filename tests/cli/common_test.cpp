@@ -148,7 +148,7 @@ TEST_CASE("the number of threads comes from --threads, PYRA_THREADS, or the mach
   CHECK(bad.err.find("PYRA_THREADS is 'many'") != std::string::npos);
 }
 
-TEST_CASE("a stdout that cannot be written is exit 9; a reader that left is not worth a word") {
+TEST_CASE("a stdout that cannot be written is exit 9, a reader that left is not worth a word") {
   const Workshop shop;
   const RunResult full = shell(PYRACTL " inspect model.safetensors >/dev/full", shop.path());
   CHECK(full.exit_code == 9);
