@@ -103,18 +103,6 @@ std::string Reader::on_file(const std::string& name) const {
   return bare_ && name.starts_with(prefix) ? name.substr(prefix.size()) : name;
 }
 
-/// timm's name where sizes, patch and resolution are of one it knows.
-std::string arch_of(const nn::VitConfig& config) {
-  for (const char* size : {"tiny", "small", "base", "large", "huge"}) {
-    const std::string name = cat(config.distilled ? "deit_" : "vit_", size, config.distilled ? "_distilled" : "",
-                                 "_patch", config.patch_size, "_", config.image_size);
-    const nn::VitConfig known = nn::arch_config(name);
-    if (known.embed_dim == config.embed_dim && known.depth == config.depth && known.num_heads == config.num_heads)
-      return name;
-  }
-  return config.distilled ? "deit" : "vit";
-}
-
 void Reader::read_config(nn::VitConfig& config) {
   model_ = config_.string("model_type");
   if (model_ != "vit" && model_ != "deit")
@@ -241,7 +229,8 @@ ModelFile Reader::read() {
   read_config(model.config);
   find_head(model.config);
   nn::check_config(model.config, config_path_);
-  model.config.arch = arch_of(model.config);
+  model.config.arch = nn::arch_name(model.config);
+  if (model.config.arch.empty()) model.config.arch = model_;
   read_class_names(model);
   read_processor(model);
   for (const nn::TensorShape& wanted : nn::tensor_shapes(model.config))
@@ -303,7 +292,12 @@ nlohmann::json processor_json(const ModelFile& model) {
 sdk::TensorMap hf_tensors(const ModelFile& model) {
   const bool distilled = model.config.distilled;
   sdk::TensorMap tensors;
-  for (const auto& [name, tensor] : model.weights) {
+  sdk::TensorMap weights = model.weights;
+  if (model.config.no_embed_class) {  // transformers adds a position to every token
+    const at::Tensor& positions = weights.at("pos_embed");
+    weights["pos_embed"] = at::constant_pad_nd(positions, {0, 0, model.config.protected_tokens(), 0});
+  }
+  for (const auto& [name, tensor] : weights) {
     const auto names = hf_names(name, distilled ? "deit" : "vit", distilled, HfSpelling::on_disk);
     const std::vector<at::Tensor> parts = tensor.detach().to(at::kFloat).chunk(int64_t(names.size()));
     for (size_t i = 0; i < names.size(); ++i) {
@@ -332,6 +326,8 @@ void write_hf_model(const fs::path& folder, const ModelFile& model) {
          "'; use --format pyra, or --drop-merge to write the dense model");
   if (model.config.pool == nn::Pool::avg)
     fail(ExitCode::usage, folder.string(), ": transformers' ViT has no average pooling; use --format pyra or timm");
+  if (model.config.registers > 0)
+    fail(ExitCode::usage, folder.string(), ": transformers' ViT has no register tokens; use --format pyra or timm");
   std::error_code error;
   if (!fs::create_directory(folder, error))
     fail(ExitCode::output, folder.string(), ": cannot be created: ", error ? error.message() : "it is there already");

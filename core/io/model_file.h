@@ -1,5 +1,5 @@
 // A model on disk: one safetensors file whose metadata entry "pyra" (JSON) is enough to run it anywhere.
-// timm's files (same tensor names, no such entry) and Hugging Face folders are read too.
+// timm's files (same tensor names, no such entry), Google's .npz and Hugging Face folders are read too.
 #pragma once
 #include <filesystem>
 #include <map>
@@ -13,6 +13,8 @@
 #include "sdk/tensor_decl.h"
 
 namespace pyra::io {
+
+struct NamedTensors;
 
 /// The merge strategy a model carries. Tensors stand in the file as "merge.<name>.<declared name>".
 struct MergeSpec {
@@ -38,10 +40,14 @@ struct ReadModelOptions {
   std::optional<int64_t> num_heads{};  ///< for files whose names and shapes do not tell
 };
 
-/// Reads ours, timm's, or a Hugging Face folder; Error(input) names file, tensor, got, expected. Half-precision weights
-/// become fp32. A config is inferred from shapes where no metadata says it (heads: from the architecture named in the
-/// metadata, else embed_dim / 64).
+/// Reads ours, timm's, Google's .npz (augreg_model.h), or a Hugging Face folder; Error(input) names file, tensor, got,
+/// expected. Half-precision weights become fp32. A config is inferred from shapes where no metadata says it (heads:
+/// from the architecture named in the metadata, else embed_dim / 64). A pickle is never read here (torch_file.h).
 [[nodiscard]] ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& options = {});
+
+/// A model from tensors with timm's names, `options.image_size` left aside: the road of every file but ours and Hugging
+/// Face's. Wrappers' prefixes (module., _orig_mod.) are taken off.
+[[nodiscard]] ModelFile timm_model(const NamedTensors& named, const ReadModelOptions& options = {});
 
 enum class ModelFormat { pyra, timm, hf };
 /// Atomic, but for hf, which is a new folder (hf_model.h). timm and hf cannot carry a merge: Error(usage) when the

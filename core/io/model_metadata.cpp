@@ -27,6 +27,9 @@ json config_json(const nn::VitConfig& config) {
           {"num_classes", config.num_classes},
           {"pool", config.pool == nn::Pool::avg ? "avg" : "token"},
           {"distilled", config.distilled},
+          {"registers", config.registers},
+          {"no_embed_class", config.no_embed_class},
+          {"layer_scale", config.layer_scale},
           {"norm_eps", config.norm_eps}};
 }
 
@@ -60,6 +63,7 @@ bool choose(const JsonFields& fields, const char* key, const char* no, const cha
   return word == yes;
 }
 
+/// registers, no_embed_class and layer_scale came later; files without them have none of it.
 nn::VitConfig parse_config(const JsonFields& arch, const std::string& where) {
   nn::VitConfig config{.arch = arch.string("arch"),
                        .image_size = arch.integer("image_size"),
@@ -71,6 +75,9 @@ nn::VitConfig parse_config(const JsonFields& arch, const std::string& where) {
                        .num_classes = arch.integer("num_classes"),
                        .pool = choose(arch, "pool", "token", "avg") ? nn::Pool::avg : nn::Pool::token,
                        .distilled = arch.boolean("distilled"),
+                       .registers = arch.has("registers") ? arch.integer("registers") : 0,
+                       .no_embed_class = arch.has("no_embed_class") && arch.boolean("no_embed_class"),
+                       .layer_scale = arch.has("layer_scale") && arch.boolean("layer_scale"),
                        .norm_eps = arch.number("norm_eps")};
   nn::check_config(config, where + ": arch");
   return config;

@@ -1,5 +1,7 @@
 #include "io/timm_model.h"
 
+#include <ATen/Functions.h>
+
 #include <charconv>
 #include <cmath>
 #include <set>
@@ -11,18 +13,22 @@
 namespace pyra::io {
 namespace {
 
-constexpr std::array<float, 3> kImageNetMean{0.485f, 0.456f, 0.406f}, kImageNetStd{0.229f, 0.224f, 0.225f};
+// A block's two branches: where LayerScale stands, and the layer that it multiplies.
+struct Branch {
+  const char *scale, *deit3_scale, *layer;
+};
+constexpr Branch kBranches[] = {{".ls1.gamma", ".gamma_1", ".attn.proj"}, {".ls2.gamma", ".gamma_2", ".mlp.fc2"}};
 // Metadata that becomes something other than provenance.
 const std::set<std::string, std::less<>> kOwnKeys{"format", "architecture", "mean", "std", "num_heads", "class_names"};
 
 /// The tensors of one file, by name without the wrapper's prefix.
 class Tensors {
  public:
-  Tensors(const SafetensorsFile& file, const std::string& prefix) : file_(file), prefix_(prefix) {}
+  Tensors(const NamedTensors& named, const std::string& prefix) : named_(named), prefix_(prefix) {}
 
   [[nodiscard]] const std::vector<int64_t>* find(const std::string& name) const {
-    const auto found = file_.entries().find(prefix_ + name);
-    return found == file_.entries().end() ? nullptr : &found->second.shape;
+    const auto found = named_.shapes.find(prefix_ + name);
+    return found == named_.shapes.end() ? nullptr : &found->second;
   }
   [[nodiscard]] bool has(const std::string& name) const { return find(name) != nullptr; }
 
@@ -40,15 +46,15 @@ class Tensors {
     return *found;
   }
 
-  [[nodiscard]] std::string path() const { return file_.path().string(); }
+  [[nodiscard]] const std::string& path() const { return named_.where; }
   [[nodiscard]] const std::string* metadata(const std::string& key) const {
-    const auto found = file_.metadata().find(key);
-    return found == file_.metadata().end() ? nullptr : &found->second;
+    const auto found = named_.metadata.find(key);
+    return found == named_.metadata.end() ? nullptr : &found->second;
   }
 
  private:
   [[nodiscard]] std::string hint() const {
-    for (const auto& [name, entry] : file_.entries()) {
+    for (const auto& [name, shape] : named_.shapes) {
       if (name.find("lora_A") != std::string::npos) {
         return "; this is a PEFT adapter, give the model it belongs to, or merge it with 'pyractl merge-lora'";
       }
@@ -59,7 +65,7 @@ class Tensors {
     return "";
   }
 
-  const SafetensorsFile& file_;
+  const NamedTensors& named_;
   const std::string& prefix_;
 };
 
@@ -69,14 +75,23 @@ int64_t count_blocks(const Tensors& tensors) {
   return depth;
 }
 
-int64_t grid_side(const Tensors& tensors, int64_t embed_dim, int64_t prefix_tokens) {
-  const int64_t tokens = tensors.shape("pos_embed", {1, -1, embed_dim}, "[1, tokens, embed_dim]")[1];
-  const auto side = int64_t(std::sqrt(double(std::max<int64_t>(tokens - prefix_tokens, 0))));
-  if (side < 1 || side * side != tokens - prefix_tokens) {
-    fail(ExitCode::input, tensors.path(), ": tensor 'pos_embed' has ", tokens, " tokens, expected ", prefix_tokens,
-         " and a square of patches (distilled models with a class token alone in it are not read)");
+int64_t square_root(int64_t tokens) {
+  const auto side = int64_t(std::sqrt(double(std::max<int64_t>(tokens, 0))));
+  return side * side == tokens ? side : 0;
+}
+
+/// Patches in a row, and whether positions are of patches alone: real grids are too large for both to fit.
+void find_grid(const Tensors& tensors, nn::VitConfig& config) {
+  const int64_t prefix = config.protected_tokens();
+  const int64_t tokens = tensors.shape("pos_embed", {1, -1, config.embed_dim}, "[1, tokens, embed_dim]")[1];
+  int64_t side = square_root(tokens - prefix);
+  config.no_embed_class = side == 0;
+  if (config.no_embed_class) side = square_root(tokens);
+  if (side == 0) {
+    fail(ExitCode::input, tensors.path(), ": tensor 'pos_embed' has ", tokens, " tokens, expected a square of patches ",
+         "with ", prefix, " before them, or alone");
   }
-  return side;
+  config.image_size = side * config.patch_size;
 }
 
 std::optional<int64_t> stated_heads(const Tensors& tensors) {
@@ -119,7 +134,8 @@ int64_t find_heads(const Tensors& tensors, const nn::VitConfig& config, const Re
   }
   if (config.embed_dim % 64 == 0) return config.embed_dim / 64;
   fail(ExitCode::input, tensors.path(), ": the number of heads is not known: embed_dim ", config.embed_dim,
-       " is not a multiple of 64, and the metadata has neither 'num_heads' nor an 'architecture' known here");
+       " is not a multiple of 64, and the metadata has neither 'num_heads' nor an 'architecture' known here; 'pyractl "
+       "convert --num-heads N' writes a file that says it");
 }
 
 /// "0.5", "0.485, 0.456, 0.406" or "[0.485, 0.456, 0.406]".
@@ -160,7 +176,10 @@ nn::VitConfig infer_config(const Tensors& tensors, const ReadModelOptions& optio
   config.patch_size = patch[2];
   (void)tensors.shape("cls_token", {1, 1, config.embed_dim}, "[1, 1, embed_dim]");
   config.distilled = tensors.has("dist_token");
-  config.image_size = grid_side(tensors, config.embed_dim, config.protected_tokens()) * config.patch_size;
+  if (tensors.has("reg_token"))
+    config.registers = tensors.shape("reg_token", {1, -1, config.embed_dim}, "[1, registers, embed_dim]")[1];
+  config.layer_scale = tensors.has("blocks.0.ls1.gamma") || tensors.has("blocks.0.gamma_1");
+  find_grid(tensors, config);
   config.depth = count_blocks(tensors);
   config.mlp_dim = tensors.shape("blocks.0.mlp.fc1.weight", {-1, config.embed_dim}, "[mlp_dim, embed_dim]")[0];
   config.pool = tensors.has("fc_norm.weight") ? nn::Pool::avg : nn::Pool::token;
@@ -175,7 +194,7 @@ nn::Preprocess infer_preprocess(const Tensors& tensors, const nn::VitConfig& con
   nn::Preprocess preprocess{.size = config.image_size};
   // DeiT and MAE were trained with ImageNet's statistics, ViT as published with 0.5.
   if (config.distilled || config.pool == nn::Pool::avg || config.arch.starts_with("deit") ||
-      config.arch.starts_with("mae")) {
+      config.arch.starts_with("mae") || tensors.has("decoder_embed.weight")) {
     preprocess.mean = kImageNetMean;
     preprocess.std = kImageNetStd;
   }
@@ -202,14 +221,14 @@ std::string channels_text(const std::array<float, 3>& values) {
 
 }  // namespace
 
-std::string wrapper_prefix(const SafetensorsFile& file) {
+std::string wrapper_prefix(const NamedTensors& named) {
   std::string prefix;
-  for (bool more = !file.entries().empty(); more;) {
+  for (bool more = !named.shapes.empty(); more;) {
     more = false;
     for (const char* wrapper : {"module.", "_orig_mod."}) {
       const std::string longer = prefix + wrapper;
       const auto opens = [&](const auto& item) { return item.first.starts_with(longer); };
-      if (!std::all_of(file.entries().begin(), file.entries().end(), opens)) continue;
+      if (!std::all_of(named.shapes.begin(), named.shapes.end(), opens)) continue;
       prefix = longer;
       more = true;
     }
@@ -221,16 +240,42 @@ bool droppable(std::string_view name) {
   return name.starts_with("pre_logits.") || name == "mask_token" || name.starts_with("decoder_");
 }
 
+bool is_layer_scale(std::string_view name) {
+  return name.starts_with("blocks.") && std::any_of(std::begin(kBranches), std::end(kBranches), [&](const Branch& b) {
+           return name.ends_with(b.scale) || name.ends_with(b.deit3_scale);
+         });
+}
+
+void fold_layer_scale(const NamedTensors& named, const std::string& prefix, ModelFile& model) {
+  const Tensors tensors(named, prefix);
+  for (int64_t i = 0; i < model.config.depth; ++i) {
+    for (const Branch& branch : kBranches) {
+      const std::string block = cat("blocks.", i), other = block + branch.deit3_scale;
+      const std::string name = tensors.has(other) ? other : block + branch.scale;
+      (void)tensors.shape(name, {model.config.embed_dim}, "[embed_dim]");
+      const at::Tensor scale = named.fp32(prefix + name);
+      at::Tensor& weight = model.weights.at(block + branch.layer + ".weight");
+      at::Tensor& bias = model.weights.at(block + branch.layer + ".bias");
+      weight = weight * scale.unsqueeze(1);
+      bias = bias * scale;
+    }
+  }
+}
+
+sdk::TensorMap unit_layer_scale(const nn::VitConfig& config) {
+  sdk::TensorMap scales;
+  for (int64_t i = 0; i < config.depth; ++i)
+    for (const Branch& branch : kBranches)
+      scales.emplace(cat("blocks.", i, branch.scale), at::ones({config.embed_dim}, at::kFloat));
+  return scales;
+}
+
 std::string unsupported_part(std::string_view name) {
   struct Part {
     std::string_view word;
     const char* reason;
   };
-  static constexpr Part kParts[] = {{"ls1.", "layer scale"},
-                                    {"ls2.", "layer scale"},
-                                    {"gamma_1", "layer scale"},
-                                    {"gamma_2", "layer scale"},
-                                    {"reg_token", "register tokens"},
+  static constexpr Part kParts[] = {{"mlp.w12.", "a SwiGLU MLP"},
                                     {"q_norm.", "normalised queries"},
                                     {"k_norm.", "normalised keys"},
                                     {"norm_pre.", "a norm before the blocks"},
@@ -241,19 +286,19 @@ std::string unsupported_part(std::string_view name) {
   return "";
 }
 
-ModelFile describe_timm_model(const SafetensorsFile& file, const std::string& prefix, const ReadModelOptions& options) {
-  for (const auto& [name, entry] : file.entries()) {
+ModelFile describe_timm_model(const NamedTensors& named, const std::string& prefix, const ReadModelOptions& options) {
+  for (const auto& [name, shape] : named.shapes) {
     if (const std::string part = unsupported_part(name); !part.empty()) {
-      fail(ExitCode::input, file.path().string(), ": tensor '", printable(name), "' means ", part,
+      fail(ExitCode::input, named.where, ": tensor '", printable(name), "' means ", part,
            ", which this version does not know");
     }
   }
-  const Tensors tensors(file, prefix);
+  const Tensors tensors(named, prefix);
   ModelFile model;
   model.config = infer_config(tensors, options);
   model.preprocess = infer_preprocess(tensors, model.config);
   model.class_names = parse_class_names(tensors, model.config.num_classes);
-  for (const auto& [key, value] : file.metadata()) {
+  for (const auto& [key, value] : named.metadata) {
     if (!kOwnKeys.contains(key)) model.provenance.emplace(key, value);
   }
   return model;

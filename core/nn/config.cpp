@@ -1,5 +1,7 @@
 #include "nn/config.h"
 
+#include <ATen/Functions.h>
+
 #include <array>
 #include <charconv>
 #include <regex>
@@ -61,6 +63,7 @@ void check_config(const VitConfig& config, const std::string& where) {
   check_range(where, "image_size", config.image_size, 1, kMaxImageSize);
   check_range(where, "patch_size", config.patch_size, 1, config.image_size);
   check_range(where, "num_classes", config.num_classes, 0, kMaxClasses);
+  check_range(where, "registers", config.registers, 0, kMaxRegisters);
   if (config.embed_dim % config.num_heads != 0)
     fail(ExitCode::input, where, ": embed_dim ", config.embed_dim, " is not a multiple of num_heads ",
          config.num_heads);
@@ -83,7 +86,8 @@ std::vector<TensorShape> tensor_shapes(const VitConfig& config) {
   };
   shapes.push_back({"cls_token", {1, 1, dim}});
   if (config.distilled) shapes.push_back({"dist_token", {1, 1, dim}});
-  shapes.push_back({"pos_embed", {1, config.tokens(), dim}});
+  if (config.registers > 0) shapes.push_back({"reg_token", {1, config.registers, dim}});
+  shapes.push_back({"pos_embed", {1, config.no_embed_class ? config.patches() : config.tokens(), dim}});
   layer("patch_embed.proj", {dim, 3, config.patch_size, config.patch_size});
   for (int64_t i = 0; i < config.depth; ++i) {
     const std::string block = cat("blocks.", i, ".");
@@ -102,29 +106,56 @@ std::vector<TensorShape> tensor_shapes(const VitConfig& config) {
   return shapes;
 }
 
+Embedding embedding_of(const VitConfig& config, const sdk::TensorMap& weights) {
+  std::vector<at::Tensor> tokens{weights.at("cls_token")};
+  if (config.distilled) tokens.push_back(weights.at("dist_token"));
+  if (config.registers > 0) tokens.push_back(weights.at("reg_token"));
+  const at::Tensor prefix = tokens.size() == 1 ? tokens[0] : at::cat(tokens, 1);
+  const at::Tensor& positions = weights.at("pos_embed");
+  if (config.no_embed_class) return {prefix, positions};
+  const int64_t first = config.protected_tokens();
+  return {prefix + positions.narrow(1, 0, first), positions.narrow(1, first, config.patches()).contiguous()};
+}
+
 VitConfig arch_config(const std::string& name) {
   // timm appends the name of the pretraining after a dot; it does not change the architecture.
   static const std::regex pattern(
-      R"((vit|deit|mae_vit)_([a-z]+)(_distilled)?_patch([0-9]{1,3})(_([0-9]{1,4}))?(\..*)?)");
+      R"((vit|deit|deit3|mae_vit)_([a-z]+)(_distilled)?_patch([0-9]{1,3})(?:_reg([0-9]{1,2}))?(?:_([0-9]{1,4}))?(_dinov2)?(\..*)?)");
   std::smatch match;
   const Size* size = nullptr;
   if (std::regex_match(name, match, pattern)) size = find_size(match[2]);
   if (!size)
     fail(ExitCode::usage, "'", name, "' is not a known architecture", did_you_mean(name, known_archs()),
-         " (known: vit_, deit_ and mae_vit_ names of sizes tiny, small, base, large and huge, as "
-         "vit_base_patch16_224)");
+         " (known: vit_, deit_, deit3_ and mae_vit_ names of sizes tiny, small, base, large and huge, as "
+         "vit_base_patch16_224 or vit_base_patch14_reg4_dinov2)");
   VitConfig config;
   config.arch = name;
   config.patch_size = to_number(match[4]);
-  config.image_size = match[6].matched ? to_number(match[6]) : 224;
+  const bool dinov2 = match[7].matched, deit3 = match[1] == "deit3";
+  config.image_size = match[6].matched ? to_number(match[6]) : dinov2 ? 518 : 224;
   config.embed_dim = size->embed_dim;
   config.depth = size->depth;
   config.num_heads = size->num_heads;
   config.mlp_dim = 4 * size->embed_dim;
   config.distilled = match[3].matched;
+  config.registers = match[5].matched ? to_number(match[5]) : 0;
+  config.layer_scale = dinov2 || deit3;
+  config.no_embed_class = deit3 || (dinov2 && config.registers > 0);
   config.pool = match[1] == "mae_vit" ? Pool::avg : Pool::token;
   check_config(config, "architecture '" + name + "'");
   return config;
+}
+
+std::string arch_name(const VitConfig& config) {
+  for (const Size& size : kSizes) {
+    if (config.embed_dim != size.embed_dim || config.depth != size.depth || config.num_heads != size.num_heads ||
+        config.mlp_dim != 4 * size.embed_dim)
+      continue;
+    if (config.pool == Pool::avg) return cat("mae_vit_", size.name, "_patch", config.patch_size);
+    return cat(config.distilled ? "deit_" : "vit_", size.name, config.distilled ? "_distilled" : "", "_patch",
+               config.patch_size, "_", config.image_size);
+  }
+  return "";
 }
 
 std::vector<std::string> known_archs() {
@@ -144,6 +175,16 @@ std::vector<std::string> known_archs() {
           "deit_tiny_distilled_patch16_224",
           "deit_small_distilled_patch16_224",
           "deit_base_distilled_patch16_224",
+          "deit3_small_patch16_224",
+          "deit3_base_patch16_224",
+          "deit3_large_patch16_224",
+          "deit3_huge_patch14_224",
+          "vit_small_patch14_dinov2",
+          "vit_base_patch14_dinov2",
+          "vit_large_patch14_dinov2",
+          "vit_small_patch14_reg4_dinov2",
+          "vit_base_patch14_reg4_dinov2",
+          "vit_large_patch14_reg4_dinov2",
           "mae_vit_base_patch16",
           "mae_vit_large_patch16",
           "mae_vit_huge_patch14",

@@ -72,15 +72,12 @@ void Vit::rebuild() {
   const auto layer = [&](const std::string& name) {
     return kernels::LinearWeights(weight(name + ".weight"), weight(name + ".bias"));
   };
-  const int64_t prefix = config_.protected_tokens();
-  at::Tensor tokens = weight("cls_token");
-  if (config_.distilled) tokens = at::cat({tokens, weight("dist_token")}, 1);
-  const at::Tensor& positions = weight("pos_embed");
+  Embedding embedding = embedding_of(config_, weights_);
   parts_ = std::make_unique<Parts>(Parts{
       .patch_embed = kernels::LinearWeights(weight("patch_embed.proj.weight").reshape({config_.embed_dim, -1}),
                                             weight("patch_embed.proj.bias")),
-      .prefix = tokens + positions.narrow(1, 0, prefix),
-      .patch_positions = positions.narrow(1, prefix, config_.patches()).contiguous(),
+      .prefix = std::move(embedding.prefix),
+      .patch_positions = std::move(embedding.positions),
       .blocks = {},
       .norm = norm(config_.pool == Pool::avg ? "fc_norm" : "norm"),
       .heads = {},

@@ -18,7 +18,7 @@ struct BlockParts {
 
 struct Vit::Parts {
   kernels::LinearWeights patch_embed;  ///< [C, 3 P P]
-  at::Tensor prefix;                   ///< [1,protected,C] class (and distillation) token with its position added
+  at::Tensor prefix;                   ///< [1,protected,C] tokens before the patches, positions added
   at::Tensor patch_positions;          ///< [1,patches,C]
   std::vector<BlockParts> blocks;
   Norm norm;

@@ -237,7 +237,7 @@ TEST_CASE("tensors that do not fit are named with what was found and expected") 
   refused(drop("blocks.1.attn.qkv.weight"), {"'blocks.1.attn", "depth 1"});
   refused(set("blocks.2.mlp.fc2.weight", at::zeros({64, 255})),
           {"'blocks.2.mlp.fc2.weight'", "[64, 255]", "[64, 256]"});
-  refused(set("pos_embed", at::zeros({1, 64, 64})), {"'pos_embed'", "64 tokens"});
+  refused(set("pos_embed", at::zeros({1, 63, 64})), {"'pos_embed'", "63 tokens"});
   refused(set("pos_embed", at::zeros({65, 64})), {"'pos_embed'", "[65, 64]"});
   refused(set("pos_embed", at::zeros({1, 0, 64})), {"'pos_embed'", "0 tokens"});
   refused(set("patch_embed.proj.weight", at::zeros({64, 1, 4, 4})), {"patch_embed.proj.weight", "[64, 1, 4, 4]"});
@@ -245,8 +245,12 @@ TEST_CASE("tensors that do not fit are named with what was found and expected") 
   refused(set("patch_embed.proj.weight", at::zeros({0, 3, 4, 4})), {"'cls_token'"});
   refused(set("head.bias", at::zeros({5}, at::kLong)), {"'head.bias'", "I64", "expected F32"});
   refused(set("surprise", at::zeros({1})), {"'surprise'", "none of this model's"});
-  refused(set("blocks.0.ls1.gamma", at::zeros({64})), {"'blocks.0.ls1.gamma'", "layer scale", "does not know"});
-  refused(set("reg_token", at::zeros({1, 4, 64})), {"'reg_token'", "register tokens"});
+  refused(set("blocks.0.ls1.gamma", at::zeros({64})), {"no tensor 'blocks.0.ls2.gamma'"});
+  refused(set("blocks.0.gamma_1", at::zeros({63})), {"'blocks.0.gamma_1'", "[63]", "[embed_dim]"});
+  refused(set("blocks.1.ls1.gamma", at::zeros({64})), {"'blocks.1.ls1.gamma'", "none of this model's"});
+  refused(set("reg_token", at::zeros({1, 4, 64})), {"'pos_embed'", "65 tokens", "5 before them"});
+  refused(set("reg_token", at::zeros({1, 99, 64})), {"'pos_embed'"});
+  refused(set("blocks.0.mlp.w12.weight", at::zeros({64})), {"w12", "SwiGLU"});
   refused(set("blocks.0.attn.q_norm.weight", at::zeros({16})), {"q_norm", "normalised queries"});
   refused(set("norm_pre.weight", at::zeros({64})), {"norm_pre", "norm before the blocks"});
   refused(

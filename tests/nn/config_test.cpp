@@ -43,7 +43,16 @@ TEST_CASE("architectures have the published parameter counts", "[nn]") {
   CHECK(parameters("vit_small_patch16_224") == 22050664);
   CHECK(parameters("vit_base_patch16_224") == 86567656);
   CHECK(parameters("vit_large_patch16_224") == 304326632);
+  CHECK(parameters("vit_huge_patch14_224") == 632045800);
   CHECK(parameters("deit_base_distilled_patch16_224") == 87338192);
+  // LayerScale's two vectors a block are multiplied into the layers before them.
+  const auto scaled = [&](const std::string& arch) {
+    const VitConfig config = arch_config(arch);
+    return parameters(arch) + (config.layer_scale ? 2 * config.depth * config.embed_dim : 0);
+  };
+  CHECK(scaled("vit_small_patch14_dinov2") == 22441192);
+  CHECK(scaled("vit_base_patch14_reg4_dinov2") == 87351016);
+  CHECK(scaled("deit3_base_patch16_224") == 86585320);
 }
 
 TEST_CASE("MACs of the published schedules have the published ratios to dense", "[nn]") {

@@ -192,7 +192,7 @@ TEST_CASE("every merge plugin found keeps the contract", "[contract]") {
     for (const Given& given : settings(plugins.info("merge", name).parameters)) {
       INFO(describe(name, given));
       const auto merger = plugins.merger(name, given, "test");
-      for (const int64_t protected_tokens : {1, 2}) {
+      for (const int64_t protected_tokens : {1, 2, 5}) {
         const ModelShape shape = model_shape(protected_tokens);
         for (const std::vector<int64_t>& remove :
              std::vector<std::vector<int64_t>>{{12, 7, 1, 0}, {0, 3, 100, 100}, {1, 1, 1, 1}}) {
@@ -325,6 +325,64 @@ TEST_CASE("LoRA's published initial values and rank-stabilised scale", "[lora]")
   CHECK(declared[1].init == sdk::Init::zeros);
   CHECK(declared[1].shape == std::vector<int64_t>{72, 16});
   CHECK(method->low_rank(sites(model_shape(1)).front(), trained(declared))->scale == Approx(4.0));
+}
+
+TEST_CASE("LoRA beside any layer of a block: shapes, scale and peft's names", "[lora]") {
+  struct Row {
+    const char *target, *layer, *module;
+    int64_t in, out;
+  };
+  const ModelShape shape = model_shape(2);
+  for (const Row& row : {Row{"q", "attn.qkv", "attn.qkv", 24, 72}, Row{"k", "attn.qkv", "attn.qkv", 24, 72},
+                         Row{"v", "attn.qkv", "attn.qkv", 24, 72}, Row{"qkv", "attn.qkv", "attn.qkv", 24, 72},
+                         Row{"proj", "attn.proj", "attn.proj", 24, 24}, Row{"fc1", "mlp.fc1", "mlp.fc1", 24, 0},
+                         Row{"fc2", "mlp.fc2", "mlp.fc2", 0, 24}}) {
+    CAPTURE(row.target);
+    const Given given{{"targets", std::vector<std::string>{row.target}},
+                      {"rank", int64_t{4}},
+                      {"alpha", 0.30000000000000004},
+                      {"dropout", 0.25},
+                      {"rslora", true}};
+    const auto method = registry().peft("lora", given, "test");
+    const auto declared = method->declare(shape);
+    REQUIRE(declared.size() == size_t(2 * shape.depth));  // A and B in every block
+    const int64_t in = row.in ? row.in : shape.mlp_dim, out = row.out ? row.out : shape.mlp_dim;
+    CHECK(declared[2].name == cat("blocks.1.", row.layer, ".lora_A.weight"));
+    CHECK(declared[2].shape == std::vector<int64_t>{4, in});
+    CHECK(declared[3].shape == std::vector<int64_t>{out, 4});
+    const TensorMap learned = trained(declared);
+    int64_t terms = 0;
+    for (const auto& site : sites(shape)) {
+      const auto term = method->low_rank(site, learned);
+      if (!term) continue;
+      ++terms;
+      CHECK(site.name().ends_with(row.layer));
+      CHECK(term->scale == 0.30000000000000004 / 2);
+      CHECK(term->dropout == 0.25);
+      const auto delta = method->delta(site, learned);
+      CHECK(test::max_difference(delta.weight, at::matmul(term->b, term->a) * term->scale) < 1e-6);
+    }
+    CHECK(terms == shape.depth);
+    const auto config = nlohmann::json::parse(method->adapter_config(shape));
+    CHECK(config.at("target_modules") == std::vector<std::string>{row.module});
+    CHECK(config.at("lora_alpha").get<double>() == 0.30000000000000004);
+    CHECK(config.at("lora_dropout").get<double>() == 0.25);
+    CHECK(config.at("use_rslora") == true);
+  }
+}
+
+TEST_CASE("a linear probe leaves everything but the head alone", "[linear-probe]") {
+  const ModelShape shape = model_shape(2);
+  const auto method = registry().peft("linear_probe", {}, "test");
+  CHECK(method->declare(shape).empty());
+  for (const char* name : {"cls_token", "pos_embed", "blocks.0.norm1.bias", "blocks.1.attn.qkv.weight", "norm.weight"})
+    CHECK_FALSE(method->trains(name));
+  for (const auto& site : sites(shape)) {
+    CHECK_FALSE(method->low_rank(site, {}).has_value());
+    CHECK_FALSE(method->adapts(site));
+    CHECK_FALSE(method->delta(site, {}).weight.defined());
+  }
+  CHECK(method->mergeable());
 }
 
 TEST_CASE("Consolidator's grouped layer and the matrix it is merged as are the same map", "[consolidator]") {

@@ -88,12 +88,9 @@ DeviceModel::DeviceModel(const nn::Vit& model, DeviceTypes types_of_activations)
     : types(types_of_activations), config(model.config()) {
   check_shapes(config);
   const nn::TensorMap weights = model.peft() ? nn::merged_weights(model) : model.weights();
-  const int64_t first = config.protected_tokens();
-  at::Tensor tokens = weights.at("cls_token");
-  if (config.distilled) tokens = at::cat({tokens, weights.at("dist_token")}, 1);
-  const at::Tensor& position = weights.at("pos_embed");
-  prefix = store_.upload(tokens + position.narrow(1, 0, first));
-  positions = store_.upload(position.narrow(1, first, config.patches()));
+  const nn::Embedding embedding = nn::embedding_of(config, weights);
+  prefix = store_.upload(embedding.prefix);
+  positions = store_.upload(embedding.positions);
   patch_embed = linear(weights, "patch_embed.proj", types.compute);
 
   const nn::MergeSetup* setup = model.merge();

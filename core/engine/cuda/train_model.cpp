@@ -239,11 +239,10 @@ TrainModel::TrainModel(const nn::Vit& model, const std::vector<TrainedTensor>& t
   check_shapes(config);
   add_arena();
   const nn::TensorMap& weights = model.weights();
-  const int64_t first = config.protected_tokens();
   if (config.distilled) only_cpu(config.arch, "two heads");
-  const at::Tensor& position = weights.at("pos_embed");
-  prefix = store_.upload(weights.at("cls_token") + position.narrow(1, 0, first));
-  positions = store_.upload(position.narrow(1, first, config.patches()));
+  const nn::Embedding embedding = nn::embedding_of(config, weights);
+  prefix = store_.upload(embedding.prefix);
+  positions = store_.upload(embedding.positions);
   patch_embed = linear(model, "patch_embed.proj", kEmbedPosition);
   patch_embed.weight = store_.upload(weights.at("patch_embed.proj.weight").flatten(1), types.compute);
   proportional_attention = !model.merge() || model.merge()->proportional_attention;
