@@ -13,11 +13,11 @@ struct Magic {
   std::string_view bytes, kind;
 };
 
-constexpr std::string_view kConvert = "; save its tensors with safetensors first";
-
 constexpr Magic kMagics[] = {
     {0, "version https://git-lfs"sv, "a Git LFS pointer, not the file itself; run 'git lfs pull' to fetch it"},
-    {0, "PK\x03\x04"sv, "a zip archive (PyTorch .pth or .pt, or NumPy .npz); save its tensors with safetensors first"},
+    {0, "PK\x03\x04"sv,
+     "a zip archive: a PyTorch .pth or .pt, which 'pyractl convert FILE --out MODEL.safetensors' reads, or a damaged "
+     ".npz"},
     {0, "\x1f\x8b"sv, "gzip-compressed; unpack it first"},
     {0, "BZh"sv, "bzip2-compressed; unpack it first"},
     {0, "\xfd\x37zXZ"sv, "xz-compressed; unpack it first"},
@@ -50,7 +50,8 @@ std::string foreign_kind(std::string_view first_bytes) {
   }
   // A pickle opens with PROTO and its version; torch.save wrote bare pickles before 1.6.
   if (first_bytes.size() >= 2 && first_bytes[0] == '\x80' && first_bytes[1] >= 2 && first_bytes[1] <= 5) {
-    return "a Python pickle (an old PyTorch file?)" + std::string(kConvert);
+    return "a Python pickle (an old PyTorch file?); 'pyractl convert FILE --out MODEL.safetensors' reads torch.save's "
+           "files";
   }
   const size_t start = std::min(first_bytes.find_first_not_of(" \t\r\n"), first_bytes.size());
   const std::string_view text = first_bytes.substr(start);

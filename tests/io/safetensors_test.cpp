@@ -156,7 +156,7 @@ std::vector<Hostile> hostile_files() {
        "other than 0 and 1"},
       {"a dtype LibTorch lacks",
        safetensors_bytes(R"({"a":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}})", "x"), "is F8_E8M0"},
-      {"a PyTorch zip", std::string("PK\x03\x04\0\0\x08\x08", 8) + std::string(100, 'x'), "zip archive (PyTorch"},
+      {"a PyTorch zip", std::string("PK\x03\x04\0\0\x08\x08", 8) + std::string(100, 'x'), "a PyTorch .pth or .pt"},
       {"a pickle", "\x80\x02}q\x01X\x05model", "Python pickle"},
       {"a Git LFS pointer", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"},
       {"an HTML page", "\n<!DOCTYPE HTML><html>404</html>", "HTML page"},
