@@ -7,6 +7,9 @@
 #include "io/atomic_file.h"
 #include "io/hf_model.h"
 #include "io/json.h"
+#include "io/peft_adapter.h"
+#include "tasks/peft_adapter.h"
+#include "tasks/plan_recorder.h"
 #include "tasks/run_folder.h"
 
 namespace pyra::tasks {
@@ -15,61 +18,6 @@ namespace {
 
 constexpr int64_t kVerifyImages = 8;
 constexpr size_t kMaxReport = size_t{1} << 20;
-
-/// Stands before a merger and remembers its plans, or makes it follow remembered ones.
-class PlanRecorder final : public sdk::TokenMerger {
- public:
-  using Plans = std::map<int64_t, sdk::MergePlan>;
-  PlanRecorder(std::shared_ptr<const sdk::TokenMerger> merger, Plans& plans, int64_t* moved)
-      : merger_(std::move(merger)), plans_(plans), moved_(moved) {}
-
-  sdk::Needs needs() const override { return merger_->needs(); }
-  sdk::Schedule resolve(const sdk::Schedule& s, const sdk::ModelShape& m) const override {
-    return merger_->resolve(s, m);
-  }
-  std::vector<int64_t> tokens_after(const sdk::Schedule& s, const sdk::ModelShape& m) const override {
-    return merger_->tokens_after(s, m);
-  }
-  std::vector<sdk::TensorDecl> declare(const sdk::ModelShape& m, const sdk::Schedule& s) const override {
-    return merger_->declare(m, s);
-  }
-  bool conserves_size() const override { return merger_->conserves_size(); }
-
-  sdk::MergePlan plan(const sdk::MergeInputs& in, const sdk::Schedule& schedule) const override {
-    sdk::MergePlan plan = merger_->plan(in, schedule);
-    if (!moved_) {
-      plans_[in.block] = plan;
-      return plan;
-    }
-    const auto found = plans_.find(in.block);
-    if (found == plans_.end()) return plan;
-    const sdk::MergePlan& before = found->second;
-    if (at::equal(plan.keep, before.keep) && at::equal(plan.src, before.src) && at::equal(plan.dst, before.dst)) {
-      return plan;
-    }
-    ++*moved_;
-    sdk::MergePlan followed = before;
-    followed.gate = plan.gate;  // its tensors are the file's, and have to be compared
-    return followed;
-  }
-
- private:
-  std::shared_ptr<const sdk::TokenMerger> merger_;
-  Plans& plans_;
-  int64_t* moved_;  // null while recording
-};
-
-/// A model that shares everything with `model` but looks through a PlanRecorder.
-nn::Vit observed(const nn::Vit& model, PlanRecorder::Plans& plans, int64_t* moved) {
-  nn::Vit copy(model.config(), model.weights());
-  if (const nn::PeftSetup* peft = model.peft()) copy.set_peft(std::make_unique<nn::PeftSetup>(*peft));
-  if (const nn::MergeSetup* merge = model.merge()) {
-    auto setup = std::make_unique<nn::MergeSetup>(*merge);
-    setup->merger = std::make_shared<PlanRecorder>(merge->merger, plans, moved);
-    copy.set_merge(std::move(setup));
-  }
-  return copy;
-}
 
 at::Tensor noise(int64_t size) {
   at::Tensor images = at::empty({kVerifyImages, 3, size, size}, at::kFloat);
@@ -81,24 +29,71 @@ at::Tensor noise(int64_t size) {
   return images;
 }
 
-io::ModelFormat parse_format(const std::string& format) {
-  if (format == "pyra") return io::ModelFormat::pyra;
-  if (format == "timm") return io::ModelFormat::timm;
-  if (format == "hf") return io::ModelFormat::hf;
-  fail(ExitCode::usage, "--format ", format, ": expected pyra, timm or hf");
+/// What --format names.
+struct Format {
+  const char* name;
+  std::optional<io::ModelFormat> model{};  ///< a merged model, …
+  std::optional<io::PeftNames> adapter{};  ///< … or an adapter
+  [[nodiscard]] bool is_folder() const { return adapter || *model == io::ModelFormat::hf; }
+  [[nodiscard]] bool for_transformers() const {
+    return adapter ? *adapter != io::PeftNames::timm : *model == io::ModelFormat::hf;
+  }
+};
+constexpr Format kFormats[] = {{"pyra", io::ModelFormat::pyra},    {"timm", io::ModelFormat::timm},
+                               {"hf", io::ModelFormat::hf},        {"peft", {}, io::PeftNames::timm},
+                               {"peft-hf", {}, io::PeftNames::hf}, {"peft-hf4", {}, io::PeftNames::hf4}};
+
+const Format& parse_format(const std::string& name) {
+  for (const Format& format : kFormats)
+    if (name == format.name) return format;
+  fail(ExitCode::usage, "--format ", name, ": expected pyra, timm or hf, or peft, peft-hf or peft-hf4 for an adapter");
 }
 
+/// The tuned model before merging, and what is to be known of the run it comes from.
+struct Tuned {
+  Model model;
+  std::string peft;
+  io::Recipe recipe{};  ///< of a run
+  std::optional<AdapterInfo> info{};
+};
+
 /// The tuned model as the run left it.
-Model open_run(const RunFolder& run, const host::PluginRegistry& plugins, std::string& peft_name) {
+Tuned open_run(const RunFolder& run, const host::PluginRegistry& plugins) {
   if (!fs::is_directory(run.path)) fail(ExitCode::input, run.path.string(), ": is no run folder");
-  const AdapterInfo info = read_adapter_info(run);
-  const io::Recipe recipe = io::read_recipe(run.recipe(), {});
-  peft_name = recipe.peft.name.empty() ? "none" : recipe.peft.name;
-  Model model = make_tuned_model(recipe, info.classes, plugins);
-  load_adapter(run, model, info);
-  model.file.provenance["base"] = recipe.model.filename().string();
-  model.file.provenance["peft"] = peft_name;
-  return model;
+  Tuned tuned{.model = {}, .peft = {}, .info = read_adapter_info(run)};
+  tuned.recipe = io::read_recipe(run.recipe(), {});
+  tuned.peft = tuned.recipe.peft.name.empty() ? "none" : tuned.recipe.peft.name;
+  tuned.model = make_tuned_model(tuned.recipe, tuned.info->classes, plugins);
+  load_adapter(run, tuned.model, *tuned.info);
+  tuned.model.file.provenance["base"] = tuned.recipe.model.filename().string();
+  tuned.model.file.provenance["peft"] = tuned.peft;
+  return tuned;
+}
+
+Tuned open_adapter(const MergeLoraOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
+  const std::string folder = options.run.string();
+  if (options.model.empty())
+    fail(ExitCode::usage, folder, ": is an adapter folder: give the model it was trained on with --model");
+  if (parse_format(options.format).adapter)
+    fail(ExitCode::usage, folder, ": is an adapter folder already; --format ", options.format,
+         " writes the adapter of a run");
+  if (fs::exists(options.run / kMergeTensors) && !options.drop_merge)
+    fail(ExitCode::usage, folder, ": its model merges tokens (", kMergeTensors,
+         "), and an adapter alone does not say how: give the run folder, or --drop-merge to leave the merger out");
+  if (const fs::path run = fs::absolute(options.run / "").parent_path().parent_path();
+      fs::exists(RunFolder{run}.recipe()))
+    progress.note(cat("image size, normalisation and merger are those of ", options.model.string(),
+                      "; `pyractl merge-lora ", run.string(), "` takes the run's own"));
+  return {.model = open_peft_adapter(options.run, options.model, plugins, progress), .peft = "lora"};
+}
+
+Tuned open_tuned(const MergeLoraOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
+  // A run folder has its adapter in a folder of its own.
+  if (io::is_peft_folder(options.run)) return open_adapter(options, plugins, progress);
+  if (!options.model.empty() && fs::exists(RunFolder{options.run}.recipe()))
+    fail(ExitCode::usage, options.run.string(), ": a run folder, which names its base model itself: leave --model out");
+  if (!options.model.empty()) io::check_peft_folder(options.run);
+  return open_run({options.run}, plugins);
 }
 
 /// What the run's report says of the result goes with the model.
@@ -113,13 +108,13 @@ void add_provenance(const RunFolder& run, io::ModelFile& file) {
   }
 }
 
-/// A file, or a Hugging Face folder, that goes away unless it was given its final name.
+/// A file or folder that goes away unless it was given its final name.
 class Unverified {
  public:
-  Unverified(const fs::path& target, io::ModelFormat format)
+  Unverified(const fs::path& target, bool folder)
       : target_(target),
-        path_(target.parent_path() / cat(".", target.stem().string(), ".", getpid(), ".unverified",
-                                         format == io::ModelFormat::hf ? "" : ".safetensors")) {}
+        path_(target.parent_path() /
+              cat(".", target.stem().string(), ".", getpid(), ".unverified", folder ? "" : ".safetensors")) {}
   ~Unverified() {
     std::error_code ignored;
     if (!named_) fs::remove_all(path_, ignored);
@@ -137,17 +132,55 @@ class Unverified {
   bool named_ = false;
 };
 
+void check_format(const Format& format, const MergeLoraOptions& options, const Model& model) {
+  if (model.file.merge && (format.adapter || *format.model != io::ModelFormat::pyra))
+    fail(ExitCode::usage, options.run.string(), ": its model merges tokens (", merge_label(model), ") and --format ",
+         format.name, " cannot say so; --drop-merge writes it without, --format pyra with");
+  if (format.adapter && format.for_transformers() && model.file.config.pool == nn::Pool::avg)
+    fail(ExitCode::usage, options.run.string(),
+         ": transformers' ViT has no average pooling; use --format peft, pyra or timm");
+}
+
+/// Writes a run's LoRA, reads it back onto the base model and compares; the size of its tensor file.
+uint64_t write_adapter_folder(const fs::path& path, const Format& format, const Tuned& tuned,
+                              const host::PluginRegistry& plugins, Verification& verification) {
+  const io::Recipe& recipe = tuned.recipe;
+  const nn::VitConfig& config = tuned.model.file.config;
+  const io::PeftNaming naming{.names = *format.adapter,
+                              .model = format.for_transformers() ? hf_model_type(recipe.model, config) : ""};
+  write_peft_adapter(path, tuned.model, {.naming = naming, .base = recipe.model}, *tuned.info);
+  Model again = open_peft_adapter(path, recipe.model, plugins, silent_progress(), {.image_size = recipe.image_size});
+  detach_merge(again);
+  verification = verify_model(path, *again.vit, *tuned.model.vit);
+  return fs::file_size(path / io::kPeftWeights);
+}
+
+/// The same for the merged model.
+uint64_t write_merged(const fs::path& path, const Format& format, const MergeLoraOptions& options, const Tuned& tuned,
+                      const host::PluginRegistry& plugins, Verification& verification) {
+  io::ModelFile file = tuned.model.file;
+  file.weights = nn::merged_weights(*tuned.model.vit);
+  add_provenance({options.run}, file);
+  io::write_model(path, file, *format.model);
+  verification = verify_model(path, *tuned.model.vit, plugins);
+  return fs::file_size(format.is_folder() ? path / io::kHfWeights : path);
+}
+
 }  // namespace
 
 Verification verify_model(const fs::path& path, const nn::Vit& reference, const host::PluginRegistry& plugins) {
-  const at::NoGradGuard no_gradients;
   // A timm file does not tell the number of heads.
   const Model written = load_model(path, plugins, {.image_size = {}, .num_heads = reference.config().num_heads});
+  return verify_model(path, *written.vit, reference);
+}
+
+Verification verify_model(const fs::path& path, const nn::Vit& written, const nn::Vit& reference) {
+  const at::NoGradGuard no_gradients;
   const at::Tensor images = noise(reference.config().image_size);
   Verification result{.images = kVerifyImages};
-  PlanRecorder::Plans plans;
-  const at::Tensor expected = observed(reference, plans, nullptr).forward(images);
-  const at::Tensor got = observed(*written.vit, plans, &result.moved_plans).forward(images);
+  Plans plans;
+  const at::Tensor expected = observed(reference, plans).forward(images);
+  const at::Tensor got = observed(written, plans, &result.moved_plans).forward(images);
   if (got.sizes() != expected.sizes()) {
     fail(ExitCode::untrusted, path.string(), ": gives logits ", got.sizes(), ", the tuned model ", expected.sizes());
   }
@@ -162,33 +195,28 @@ Verification verify_model(const fs::path& path, const nn::Vit& reference, const 
 }
 
 MergeLoraReport merge_lora(const MergeLoraOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
-  const io::ModelFormat format = parse_format(options.format);
+  const Format& format = parse_format(options.format);
   if (options.out.empty()) fail(ExitCode::usage, "no file to write: give --out MODEL");
-  if (format == io::ModelFormat::hf && fs::exists(options.out))
-    fail(ExitCode::usage, options.out.string(),
-         ": is there already; a Hugging Face folder is written anew: give another --out");
+  if (format.is_folder() && fs::exists(options.out))
+    fail(ExitCode::usage, options.out.string(), ": is there already; a folder is written anew: give another --out");
   const at::NoGradGuard no_gradients;
-  const RunFolder run{options.run};
-  MergeLoraReport report{.out = options.out, .format = options.format};
-  Model model = open_run(run, plugins, report.peft);
+  Tuned tuned = open_tuned(options, plugins, progress);
+  Model& model = tuned.model;
   if (options.drop_merge) detach_merge(model);
-  if (format != io::ModelFormat::pyra && model.file.merge) {
-    fail(ExitCode::usage, run.path.string(), ": its model merges tokens (", merge_label(model), ") and --format ",
-         options.format, " cannot say so; --drop-merge writes it without, --format pyra with");
-  }
-  io::ModelFile file = model.file;
-  file.weights = nn::merged_weights(*model.vit);
-  add_provenance(run, file);
-  progress.note(cat("merging ", report.peft, " into ", file.config.arch));
-  Unverified written(options.out, format);
-  io::write_model(written.path(), file, format);
-  report.verification = verify_model(written.path(), *model.vit, plugins);
-  report.file_bytes = fs::file_size(format == io::ModelFormat::hf ? written.path() / io::kHfWeights : written.path());
+  check_format(format, options, model);
+  progress.note(cat(format.adapter ? "writing " : "merging ", tuned.peft, format.adapter ? " of " : " into ",
+                    model.file.config.arch));
+  MergeLoraReport report{.out = options.out, .format = options.format};
+  Unverified written(options.out, format.is_folder());
+  report.file_bytes = format.adapter
+                          ? write_adapter_folder(written.path(), format, tuned, plugins, report.verification)
+                          : write_merged(written.path(), format, options, tuned, plugins, report.verification);
   written.take_name();
-  report.arch = file.config.arch;
+  report.arch = model.file.config.arch;
   report.merge = merge_label(model);
+  report.peft = tuned.peft;
   report.parameters = parameter_count(model);
-  report.macs = nn::count_macs(file.config, tokens_after(model));
+  report.macs = nn::count_macs(model.file.config, tokens_after(model));
   return report;
 }
 

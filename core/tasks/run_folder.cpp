@@ -3,20 +3,18 @@
 #include "base/error.h"
 #include "io/atomic_file.h"
 #include "io/json.h"
+#include "io/peft_config.h"
 #include "io/safetensors.h"
 
 namespace pyra::tasks {
 namespace fs = std::filesystem;
 namespace {
 
-constexpr const char* kPrefix = "base_model.model.";  // peft's, before every name
+using io::kPeftPrefix;
 constexpr const char* kEntry = "pyra";
 
 fs::path adapter_file(const RunFolder& run) {
-  return run.adapter() / "adapter_model.safetensors";
-}
-fs::path merge_file(const RunFolder& run) {
-  return run.adapter() / "merge.safetensors";
+  return run.adapter() / io::kPeftWeights;
 }
 
 /// The tensors of adapter_model.safetensors, by the names they have there; they share the model's storage.
@@ -25,10 +23,10 @@ sdk::TensorMap adapter_tensors(const Model& model) {
   const nn::PeftSetup* peft = model.vit->peft();
   for (const auto& [name, tensor] : model.vit->weights()) {
     const bool trained = tensor_group(name) == "head" || (peft && peft->method->trains(name));
-    if (trained) tensors.emplace(kPrefix + name, tensor.detach());
+    if (trained) tensors.emplace(kPeftPrefix + name, tensor.detach());
   }
   if (peft) {
-    for (const auto& [name, tensor] : peft->learned) tensors.emplace(kPrefix + name, tensor.detach());
+    for (const auto& [name, tensor] : peft->learned) tensors.emplace(kPeftPrefix + name, tensor.detach());
   }
   return tensors;
 }
@@ -90,11 +88,27 @@ void write_adapter(const RunFolder& run, const Model& model, const io::Recipe& r
   std::error_code error;
   fs::create_directories(run.adapter(), error);
   if (error) fail(ExitCode::output, run.adapter().string(), ": cannot be created: ", error.message());
-  const nlohmann::json about{{"classes", info.classes.names}, {"base", info.base_fingerprint}};
-  io::write_file(run.adapter() / "adapter_config.json", config_json(model, recipe));
-  io::write_safetensors(adapter_file(run), adapter_tensors(model), {{kEntry, about.dump()}});
+  io::write_file(run.adapter() / io::kPeftConfig, config_json(model, recipe));
+  io::write_safetensors(adapter_file(run), adapter_tensors(model), adapter_metadata(info));
   if (const sdk::TensorMap tensors = merge_tensors(model); !tensors.empty()) {
-    io::write_safetensors(merge_file(run), tensors, {{"merge", model.vit->merge()->name}});
+    io::write_safetensors(run.merge_tensors(), tensors, {{"merge", model.vit->merge()->name}});
+  }
+}
+
+io::Metadata adapter_metadata(const AdapterInfo& info) {
+  return {{kEntry, nlohmann::json{{"classes", info.classes.names}, {"base", info.base_fingerprint}}.dump()}};
+}
+
+std::optional<AdapterInfo> parse_adapter_info(const io::Metadata& metadata, const std::string& file) {
+  const auto entry = metadata.find(kEntry);
+  if (entry == metadata.end()) return std::nullopt;
+  const std::string where = cat(file, ": metadata '", kEntry, "'");
+  const nlohmann::json about = io::parse_json(entry->second, where);
+  try {
+    return AdapterInfo{.classes = {about.at("classes").get<std::vector<std::string>>()},
+                       .base_fingerprint = about.at("base").get<std::string>()};
+  } catch (const nlohmann::json::exception& error) {
+    fail(ExitCode::input, where, ": ", io::json_reason(error));
   }
 }
 
@@ -104,19 +118,8 @@ AdapterInfo read_adapter_info(const RunFolder& run) {
     fail(ExitCode::input, run.path.string(), ": holds no adapter (", path.string(),
          " is missing): expected a run folder that `pyractl finetune` has finished");
   }
-  const io::SafetensorsFile file(path);
-  const auto entry = file.metadata().find(kEntry);
-  if (entry == file.metadata().end()) {
-    fail(ExitCode::input, path.string(), ": metadata '", kEntry, "' is missing: it was not written by pyractl");
-  }
-  const std::string where = cat(path.string(), ": metadata '", kEntry, "'");
-  const nlohmann::json about = io::parse_json(entry->second, where);
-  try {
-    return {.classes = {about.at("classes").get<std::vector<std::string>>()},
-            .base_fingerprint = about.at("base").get<std::string>()};
-  } catch (const nlohmann::json::exception& error) {
-    fail(ExitCode::input, where, ": ", io::json_reason(error));
-  }
+  if (auto info = parse_adapter_info(io::SafetensorsFile(path).metadata(), path.string())) return *std::move(info);
+  fail(ExitCode::input, path.string(), ": metadata '", kEntry, "' is missing: it was not written by pyractl");
 }
 
 void load_adapter(const RunFolder& run, Model& model, const AdapterInfo& info) {
@@ -126,7 +129,7 @@ void load_adapter(const RunFolder& run, Model& model, const AdapterInfo& info) {
   }
   const sdk::TensorMap merge = merge_tensors(model);
   load_tensors(adapter_file(run), adapter_tensors(model));
-  if (!merge.empty()) load_tensors(merge_file(run), merge);
+  if (!merge.empty()) load_tensors(run.merge_tensors(), merge);
   model.vit->weights_changed();
   model.vit->eval_mode();
 }

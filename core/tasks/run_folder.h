@@ -1,13 +1,17 @@
 // What stands where in a run folder, and the adapter in it: PEFT's layout, with the merger's tensors beside it.
 #pragma once
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "io/safetensors.h"
 #include "tasks/assemble.h"
 #include "tasks/tuned_model.h"
 
 namespace pyra::tasks {
+
+inline constexpr const char* kMergeTensors = "merge.safetensors";
 
 struct RunFolder {
   std::filesystem::path path;
@@ -15,6 +19,8 @@ struct RunFolder {
   [[nodiscard]] std::filesystem::path metrics() const { return path / "metrics.jsonl"; }
   [[nodiscard]] std::filesystem::path checkpoint() const { return path / "checkpoint"; }
   [[nodiscard]] std::filesystem::path adapter() const { return path / "adapter"; }
+  /// The merger's trained tensors, beside the adapter's file.
+  [[nodiscard]] std::filesystem::path merge_tensors() const { return adapter() / kMergeTensors; }
   [[nodiscard]] std::filesystem::path report() const { return path / "report.json"; }
 };
 
@@ -23,6 +29,10 @@ struct AdapterInfo {
   Classes classes;
   std::string base_fingerprint;  ///< of the model it was trained on
 };
+
+/// As metadata of a tensor file, and back: nothing where another program wrote it, Error(input) for a damaged entry.
+[[nodiscard]] io::Metadata adapter_metadata(const AdapterInfo& info);
+[[nodiscard]] std::optional<AdapterInfo> parse_adapter_info(const io::Metadata& metadata, const std::string& file);
 
 /// adapter_config.json and adapter_model.safetensors (trained tensors and head, as peft names them), and
 /// merge.safetensors when the merger has tensors of its own. Equal tensors give equal bytes. Error(output).

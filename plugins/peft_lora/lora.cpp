@@ -2,6 +2,7 @@
 //
 // q, k and v are rows of one fused layer. A method that adapts only some of them keeps B in full height and its other
 // rows at zero, which is how PEFT's files hold such an adapter, so that peft can read it.
+#include <charconv>
 #include <cmath>
 
 #include <ATen/Functions.h>
@@ -25,6 +26,12 @@ constexpr Layer kLayers[] = {{LinearKind::qkv, "qkv", "attn.qkv"},
                              {LinearKind::proj, "proj", "attn.proj"},
                              {LinearKind::fc1, "fc1", "mlp.fc1"},
                              {LinearKind::fc2, "fc2", "mlp.fc2"}};
+
+/// The shortest digits that are this very number: peft has to scale as we do.
+std::string digits(double value) {
+  char text[32];
+  return {text, std::to_chars(text, text + sizeof text, value).ptr};
+}
 
 bool contains(const std::vector<std::string>& items, std::string_view item) {
   return std::find(items.begin(), items.end(), item) != items.end();
@@ -94,8 +101,8 @@ class Lora final : public PeftMethod {
     for (size_t i = 0; i < std::size(kLayers); ++i) {
       if (targeted_[i]) modules.push_back(pyra::cat('"', kLayers[i].peft_module, '"'));
     }
-    return pyra::cat(R"({"peft_type": "LORA", "r": )", rank_, R"(, "lora_alpha": )", alpha_, R"(, "lora_dropout": )",
-                     dropout_, R"(, "target_modules": [)", pyra::join(modules),
+    return pyra::cat(R"({"peft_type": "LORA", "r": )", rank_, R"(, "lora_alpha": )", digits(alpha_),
+                     R"(, "lora_dropout": )", digits(dropout_), R"(, "target_modules": [)", pyra::join(modules),
                      R"(], "bias": "none", "fan_in_fan_out": false, "use_rslora": )",
                      rank_stabilised_ ? "true" : "false", R"(, "modules_to_save": ["head"]})");
   }

@@ -118,7 +118,7 @@ TEST_CASE("a timm file cannot carry a merger", "[merge-lora]") {
   CHECK(file.contains("blocks.0.attn.qkv.weight"));
   CHECK_FALSE(file.contains("merge.pyra.blocks.0.a"));
   check_error(ExitCode::usage, {"pyra-4,2", "hf", "--drop-merge"}, [&] { (void)merge(task, "run", "h", "hf"); });
-  check_error(ExitCode::usage, {"onnx", "pyra, timm or hf"}, [&] { (void)merge(task, "run", "h", "onnx"); });
+  check_error(ExitCode::usage, {"onnx", "pyra, timm or hf", "peft-hf"}, [&] { (void)merge(task, "run", "h", "onnx"); });
 }
 
 TEST_CASE("BitFit trains the model's own biases, and they stand in the merged file", "[merge-lora]") {
@@ -135,6 +135,19 @@ TEST_CASE("BitFit trains the model's own biases, and they stand in the merged fi
   const auto merged = io::read_model(task.folder / "merged.safetensors").weights;
   CHECK(test::max_difference(base.at("blocks.0.mlp.fc1.bias"), merged.at("blocks.0.mlp.fc1.bias")) > 1e-4);
   CHECK(test::max_difference(base.at("blocks.0.mlp.fc1.weight"), merged.at("blocks.0.mlp.fc1.weight")) == 0);
+}
+
+TEST_CASE("a linear probe changes the head and nothing else", "[merge-lora]") {
+  const TinyTask task;
+  const auto trained = task.finetune("run", {"train.epochs=4", "merge.name=none", "peft.name=linear_probe"});
+  CHECK(trained.trained_parameters == test::kTinyClasses * (32 + 1));
+  (void)merge(task, "run", "merged.safetensors");
+  CHECK(correct(task, "merged.safetensors") == trained.correct);
+  const auto base = io::read_model(task.folder / "model.safetensors").weights;
+  for (const auto& [name, tensor] : io::read_model(task.folder / "merged.safetensors").weights) {
+    CAPTURE(name);
+    CHECK(at::equal(tensor, base.at(name)) == !name.starts_with("head."));
+  }
 }
 
 TEST_CASE("merge-lora of something that is no finished run", "[merge-lora]") {
