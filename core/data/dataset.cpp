@@ -22,19 +22,41 @@ std::vector<std::string> possible_roots(const FileStore& store) {
   return roots;
 }
 
-Catalogue read_catalogue(const FileStore& store, const std::filesystem::path& path, uint64_t seed) {
+Catalogue read_catalogue(const FileStore& store, const std::filesystem::path& path, const OpenOptions& options) {
   const std::vector<std::string> roots = possible_roots(store);
+  const auto with_list = [&](Catalogue catalogue, const std::string& root) {
+    if (!options.list.empty()) add_list(catalogue, options.list, root, options.faults);
+    return catalogue;
+  };
   for (const std::string& root : roots) {
-    if (auto lists = read_lists(store, root)) return std::move(*lists);
+    if (auto lists = read_lists(store, root, options.faults)) return with_list(std::move(*lists), root);
   }
   // <folder>/<class>/<image> looks like one split; only a folder named as splits are is one.
   static constexpr std::string_view kSplitNames[] = {"train/", "val/", "test/"};
   const std::string& last = roots.back();
   const bool is_split = std::ranges::find(kSplitNames, last) != std::end(kSplitNames);
-  if (auto folders = read_image_folder(store, is_split ? "" : last, seed)) return std::move(*folders);
+  const std::string root = is_split ? "" : last;
+  if (auto folders = read_image_folder(store, root, options.split_seed)) return with_list(std::move(*folders), root);
   fail(ExitCode::input, path.string(),
        ": no data set: neither list files (train800.txt, val200.txt, train800val200.txt, ",
        "train.txt, val.txt, test.txt) nor images in <class>/<image> or <split>/<class>/<image>");
+}
+
+/// Names of VTAB's tasks that NOAH's and PYRA's copies of it spell otherwise than its paper does.
+constexpr std::pair<std::string_view, std::string_view> kAliases[] = {{"cifar", "cifar100"},
+                                                                      {"oxford_pet", "oxford_iiit_pet"}};
+
+std::filesystem::path existing_spelling(const std::filesystem::path& path) {
+  std::error_code error;
+  if (std::filesystem::exists(path, error)) return path;
+  const std::filesystem::path plain = path.has_filename() ? path : path.parent_path();  // "task/"
+  const std::string end = plain.extension() == ".tar" ? ".tar" : "";
+  for (const auto& [one, other] : kAliases)
+    for (const auto& [from, to] : {std::pair{one, other}, std::pair{other, one}}) {
+      const std::filesystem::path spelling = plain.parent_path() / cat(to, end);
+      if (plain.filename() == cat(from, end) && std::filesystem::exists(spelling, error)) return spelling;
+    }
+  return path;
 }
 
 const std::vector<Sample>* find(const Catalogue& catalogue, const std::string& name) {
@@ -52,10 +74,14 @@ Dataset::Dataset(Dataset&&) noexcept = default;
 Dataset& Dataset::operator=(Dataset&&) noexcept = default;
 
 Dataset Dataset::open(const std::filesystem::path& path, uint64_t split_seed) {
+  return open(path, OpenOptions{.split_seed = split_seed});
+}
+
+Dataset Dataset::open(const std::filesystem::path& path, const OpenOptions& options) {
   auto state = std::make_shared<State>();
-  state->path = path;
-  state->store = open_store(path);
-  state->catalogue = read_catalogue(*state->store, path, split_seed);
+  state->path = existing_spelling(path);
+  state->store = open_store(state->path);
+  state->catalogue = read_catalogue(*state->store, state->path, options);
   return Dataset(std::move(state));
 }
 

@@ -14,6 +14,16 @@ struct Sample {
   std::string origin;  ///< "test.txt:17": the line that names it; empty in an ImageFolder
 };
 
+/// For looking into a data set that may be at fault.
+struct OpenOptions {
+  uint64_t split_seed = 0;
+  /// One more list file, `path label` by the data set's root; its split is called by the file's name without ".txt".
+  std::filesystem::path list{};
+  /// Where given: lines of list files that are wrong, and lists without a good line, are named here (as the error would
+  /// be) and left out.
+  std::vector<std::string>* faults = nullptr;
+};
+
 /// A data set's table of contents; bytes are read on demand, thread-safe. In a .tar nothing is unpacked: members are
 /// found by one pass over the headers and read in place, so a compressed one is refused. Links, absolute names and
 /// ".." in a .tar are ignored; in a list file the latter two are errors.
@@ -25,7 +35,11 @@ class Dataset {
   /// `path` is a folder or a .tar holding train800.txt … test.txt (and maybe classes.txt) at its root or in its only
   /// folder, or an ImageFolder: <split>/<class>/<image>, or <class>/<image>, where a fifth of each class, chosen by
   /// `split_seed`, becomes "test" and the rest "train". Classes are sorted by name. Error(input).
+  ///
+  /// Two of VTAB's tasks go by two names: where `path` is missing, "cifar" and "cifar100", "oxford_pet" and
+  /// "oxford_iiit_pet" stand for one another (with ".tar" too), and path() says which was found.
   [[nodiscard]] static Dataset open(const std::filesystem::path& path, uint64_t split_seed = 0);
+  [[nodiscard]] static Dataset open(const std::filesystem::path& path, const OpenOptions& options);
   ~Dataset();
   Dataset(Dataset&&) noexcept;
   Dataset& operator=(Dataset&&) noexcept;

@@ -58,7 +58,7 @@ std::optional<Catalogue> read_image_folder(const FileStore& store, const std::st
   if (names.size() > size_t(nn::kMaxClasses)) {
     fail(ExitCode::input, store.describe(root), ": ", names.size(), " classes; at most ", nn::kMaxClasses);
   }
-  Catalogue catalogue{.splits = {}, .class_names = {names.begin(), names.end()}};
+  Catalogue catalogue{.splits = {}, .class_names = {names.begin(), names.end()}, .named = true};
   std::map<std::string, std::vector<Sample>> splits;
   std::vector<std::vector<Sample>> classes(names.size());
   for (const Found& image : images) {

@@ -7,6 +7,7 @@
 namespace pyra::data {
 namespace {
 
+constexpr size_t kMaxFaults = 100'000;
 constexpr const char* kLists[] = {"train800", "val200", "train800val200", "train", "val", "test"};
 
 std::string_view trimmed_end(std::string_view line) {
@@ -55,39 +56,70 @@ Sample parse_line(std::string_view line, const std::string& root, int64_t classe
   return sample;
 }
 
-std::vector<Sample> read_list(const FileStore& store, const std::string& root, const std::string& list,
-                              int64_t classes) {
-  const std::vector<std::string> lines = read_lines(store, root + list);
+/// What `read` throws is a fault of the list, or ends it all where none are collected.
+template <class Read>
+void collect(Faults faults, Read&& read) {
+  try {
+    read();
+  } catch (const Error& error) {
+    if (!faults || error.code() != ExitCode::input || faults->size() == kMaxFaults) throw;
+    faults->emplace_back(error.what());
+  }
+}
+
+/// `list` is the file's name in `store`, `name` what a sample's origin calls it.
+std::vector<Sample> read_list(const FileStore& store, const std::string& list, const std::string& name,
+                              const std::string& root, int64_t classes, Faults faults) {
+  const std::vector<std::string> lines = read_lines(store, list);
   std::vector<Sample> samples;
   for (size_t i = 0; i < lines.size(); ++i) {
     if (lines[i].empty()) continue;
-    const std::string where = cat(store.describe(root + list), ":", i + 1);
-    samples.push_back(parse_line(lines[i], root, classes, where));
-    samples.back().origin = cat(list, ":", i + 1);
+    collect(faults, [&] {
+      samples.push_back(parse_line(lines[i], root, classes, cat(store.describe(list), ":", i + 1)));
+      samples.back().origin = cat(name, ":", i + 1);
+    });
   }
-  if (samples.empty()) fail(ExitCode::input, store.describe(root + list), ": names no image");
+  collect(faults, [&] {
+    if (samples.empty()) fail(ExitCode::input, store.describe(list), ": names no image");
+  });
   return samples;
+}
+
+/// Classes that no one named are called by their numbers.
+void name_classes(Catalogue& catalogue) {
+  int64_t largest = 0;
+  for (const auto& [name, samples] : catalogue.splits)
+    for (const Sample& sample : samples) largest = std::max(largest, sample.label);
+  for (int64_t label = int64_t(catalogue.class_names.size()); label <= largest; ++label)
+    catalogue.class_names.push_back(std::to_string(label));
 }
 
 }  // namespace
 
-std::optional<Catalogue> read_lists(const FileStore& store, const std::string& root) {
+std::optional<Catalogue> read_lists(const FileStore& store, const std::string& root, Faults faults) {
   Catalogue catalogue;
   const std::string classes = root + "classes.txt";
   if (store.contains(classes)) catalogue.class_names = read_class_names(store, classes);
   const int64_t bound = catalogue.class_names.empty() ? nn::kMaxClasses : int64_t(catalogue.class_names.size());
-  int64_t largest = 0;
   for (const std::string name : kLists) {
     const std::string list = name + ".txt";
-    if (!store.contains(root + list)) continue;
-    catalogue.splits.emplace_back(name, read_list(store, root, list, bound));
-    for (const Sample& sample : catalogue.splits.back().second) largest = std::max(largest, sample.label);
+    if (store.contains(root + list))
+      catalogue.splits.emplace_back(name, read_list(store, root + list, list, root, bound, faults));
   }
   if (catalogue.splits.empty()) return {};
-  for (int64_t label = 0; int64_t(catalogue.class_names.size()) <= largest; ++label) {
-    catalogue.class_names.push_back(std::to_string(label));
-  }
+  catalogue.named = !catalogue.class_names.empty();
+  name_classes(catalogue);
   return catalogue;
+}
+
+void add_list(Catalogue& catalogue, const std::filesystem::path& list, const std::string& root, Faults faults) {
+  if (!std::filesystem::is_regular_file(list)) fail(ExitCode::input, list.string(), ": no such list file");
+  const std::filesystem::path folder = list.has_parent_path() ? list.parent_path() : ".";
+  const int64_t bound = catalogue.named ? int64_t(catalogue.class_names.size()) : nn::kMaxClasses;
+  const std::string file = list.filename().string(), split = list.extension() == ".txt" ? list.stem().string() : file;
+  std::erase_if(catalogue.splits, [&](const auto& item) { return item.first == split; });
+  catalogue.splits.emplace_back(split, read_list(*open_store(folder), file, file, root, bound, faults));
+  name_classes(catalogue);
 }
 
 }  // namespace pyra::data

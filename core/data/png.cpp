@@ -1,5 +1,6 @@
 #include <spng.h>
 
+#include <cstdlib>
 #include <memory>
 
 #include "base/error.h"
@@ -65,6 +66,29 @@ Image decode_png(Bytes bytes, const std::string& name) {
     check(spng_decode_image(context.get(), image.pixels.data(), image.pixels.size(), SPNG_FMT_RGB8, 0), name);
   }
   return image;
+}
+
+std::string encode_png(const Image& image) {
+  const std::unique_ptr<spng_ctx, Free> context(spng_ctx_new(SPNG_CTX_ENCODER));
+  if (!context) fail(ExitCode::device, "no memory for a PNG encoder");
+  const auto check_encoder = [](int status) {
+    if (status != 0) fail(ExitCode::internal, "an image that does not encode as PNG: ", spng_strerror(status));
+  };
+  spng_ihdr header{};
+  header.width = uint32_t(image.width);
+  header.height = uint32_t(image.height);
+  header.bit_depth = 8;
+  header.color_type = SPNG_COLOR_TYPE_TRUECOLOR;
+  check_encoder(spng_set_ihdr(context.get(), &header));
+  check_encoder(spng_set_option(context.get(), SPNG_ENCODE_TO_BUFFER, 1));
+  check_encoder(
+      spng_encode_image(context.get(), image.pixels.data(), image.pixels.size(), SPNG_FMT_PNG, SPNG_ENCODE_FINALIZE));
+  size_t size = 0;
+  int status = 0;
+  const std::unique_ptr<void, decltype(&std::free)> bytes(spng_get_png_buffer(context.get(), &size, &status),
+                                                          &std::free);
+  check_encoder(status);
+  return {static_cast<const char*>(bytes.get()), size};
 }
 
 }  // namespace pyra::data

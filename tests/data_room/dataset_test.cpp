@@ -132,6 +132,69 @@ TEST_CASE("every fault of a list file is named by file and line") {
   check_error(ExitCode::input, {"val200.txt:1", "1048575"}, [&] { (void)Dataset::open(folder.path()); });
 }
 
+TEST_CASE("faults of list files are collected where they are asked for") {
+  const TempDir folder;
+  write_folder(folder.path(), {{"classes.txt", "cat\ndog\n"},
+                               {"train.txt", "a.png 0\na.png 2\n/etc/passwd 0\nb.png x\nb.png 1\n"},
+                               {"test.txt", "c.png 7\n"},
+                               {"more/mine.txt", "d.png 1\ne.png -1\n"}});
+  std::vector<std::string> faults;
+  const Dataset dataset = Dataset::open(folder.path(), {.list = folder / "more/mine.txt", .faults = &faults});
+  CHECK(dataset.splits() == std::vector<std::string>{"train", "test", "mine"});
+  CHECK(paths_of(dataset.split("train")) == std::vector<std::string>{"a.png", "b.png"});
+  CHECK(dataset.split("test").empty());
+  CHECK(paths_of(dataset.split("mine")) == std::vector<std::string>{"d.png"});
+  CHECK(dataset.split("mine")[0].origin == "mine.txt:1");
+  REQUIRE(faults.size() == 6);
+  const std::vector<std::pair<std::string, std::string>> expected{
+      {"train.txt:2", "label 2"}, {"train.txt:3", "/etc/passwd"}, {"train.txt:4", "'x'"},
+      {"test.txt:1", "label 7"},  {"test.txt", "no image"},       {"mine.txt:2", "label -1"}};
+  for (size_t i = 0; i < faults.size(); ++i) {
+    CAPTURE(faults[i]);
+    CHECK(faults[i].find(expected[i].first) != std::string::npos);
+    CHECK(faults[i].find(expected[i].second) != std::string::npos);
+  }
+  write_folder(folder.path(), {{"train.txt", "a.png 0\n"}, {"test.txt", "c.png 1\n"}});
+  check_error(ExitCode::input, {"none.txt", "no such list"},
+              [&] { (void)Dataset::open(folder.path(), {.list = folder / "none.txt"}); });
+  check_error(ExitCode::input, {"mine.txt:2", "label -1"},
+              [&] { (void)Dataset::open(folder / "more/..", {.list = folder / "more/mine.txt"}); });
+}
+
+TEST_CASE("one more list names images of an image folder by the number of their class") {
+  const TempDir folder;
+  write_folder(folder.path(), {{"set/ant/1.png", "1"}, {"set/bee/2.png", "2"}, {"few.txt", "bee/2.png 1\n"}});
+  const Dataset dataset = Dataset::open(folder / "set", {.list = folder / "few.txt"});
+  REQUIRE(dataset.has_split("few"));
+  CHECK(text_of(dataset.read(dataset.split("few")[0])) == "2");
+  write_folder(folder.path(), {{"few.txt", "bee/2.png 2\n"}});
+  check_error(ExitCode::input, {"few.txt:1", "0 to 1"},
+              [&] { (void)Dataset::open(folder / "set", {.list = folder / "few.txt"}); });
+}
+
+TEST_CASE("a task of VTAB is found under either of its names") {
+  for (const auto& [asked, there] : {std::pair<std::string, std::string>{"cifar", "cifar100"},
+                                     {"cifar100", "cifar"},
+                                     {"oxford_pet", "oxford_iiit_pet"},
+                                     {"oxford_iiit_pet", "oxford_pet"}}) {
+    CAPTURE(asked);
+    const TempDir folder;
+    const Files files{{"test.txt", "a.png 0\n"}, {"a.png", "there"}};
+    write_folder(folder / there, files);
+    write_tar(folder / (there + ".tar"), files);
+    for (const std::string end : {"", "/", ".tar"}) {
+      const Dataset dataset = Dataset::open(folder / (asked + end));
+      CHECK(text_of(dataset.read(dataset.split("test")[0])) == "there");
+      CHECK(dataset.path() == folder / (end == ".tar" ? there + end : there));
+    }
+    // What is there under the name that was asked for is never exchanged.
+    write_folder(folder / asked, {{"test.txt", "a.png 0\n"}, {"a.png", "asked"}});
+    const Dataset dataset = Dataset::open(folder / asked);
+    CHECK(text_of(dataset.read(dataset.split("test")[0])) == "asked");
+    check_error(ExitCode::input, {"cifar10", "no such file"}, [&] { (void)Dataset::open(folder / "cifar10"); });
+  }
+}
+
 TEST_CASE("a missing image is named by list, line and path, in a folder and in a tar") {
   const TempDir folder;
   const Files files{{"set/test.txt", "images/here.png 0\nimages/gone.png 1\n"}, {"set/images/here.png", "here"}};

@@ -2,6 +2,7 @@
 
 #include <regex>
 
+#include "base/philox.h"
 #include "data_support.h"
 #include "goldens.h"
 #include "io/safetensors.h"
@@ -75,6 +76,19 @@ TEST_CASE("a crop larger than the shorter side is refused") {
   const Image image{4, 4, std::vector<uint8_t>(48)};
   check_error(ExitCode::input, {"crops 224", "128"},
               [&] { (void)prepare(image, {.size = 224, .mode = nn::ResizeMode::crop, .shorter = 128}); });
+}
+
+TEST_CASE("an image written as PNG is read back to the last bit", "[data]") {
+  const Philox random(3, RandomStream::bench);
+  for (const auto& [height, width] : {std::pair<int64_t, int64_t>{1, 1}, {1, 7}, {13, 1}, {16, 16}, {112, 97}}) {
+    Image image{height, width, std::vector<uint8_t>(size_t(height * width * 3))};
+    for (size_t i = 0; i < image.pixels.size(); ++i) image.pixels[i] = uint8_t(random.below(i, 256));
+    const std::string bytes = encode_png(image);
+    const Image read = decode({reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()}, "png");
+    CHECK(read.height == height);
+    CHECK(read.width == width);
+    CHECK(read.pixels == image.pixels);
+  }
 }
 
 }  // namespace

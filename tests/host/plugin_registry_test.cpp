@@ -63,7 +63,7 @@ TEST_CASE("the built plugins are found beside the program and describe themselve
   const PluginRegistry registry;
   const auto merge = registry.names("merge"), peft = registry.names("peft");
   for (const char* name : {"diffrate", "pyra", "tome"}) CHECK(std::count(merge.begin(), merge.end(), name) == 1);
-  for (const char* name : {"bitfit", "consolidator", "full", "lora"})
+  for (const char* name : {"bitfit", "consolidator", "full", "linear_probe", "lora"})
     CHECK(std::count(peft.begin(), peft.end(), name) == 1);
   CHECK(std::is_sorted(merge.begin(), merge.end()));
   CHECK(registry.names("other").empty());
