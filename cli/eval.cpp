@@ -5,6 +5,7 @@
 
 #include "base/text.h"
 #include "command.h"
+#include "tasks/visualize.h"
 
 namespace pyra::cli {
 namespace {
@@ -56,12 +57,50 @@ void print_human(std::ostream& out, const tasks::EvalOptions& options, const tas
   }
 }
 
+/// The first images' pages: before the figures, so that a model that merges nothing costs no evaluation.
+tasks::VisualizeReport write_pages(const tasks::EvalOptions& options, int64_t images, std::filesystem::path out,
+                                   Session& session) {
+  if (out.empty()) out = options.run.model.stem().string() + "_tokens";
+  return tasks::visualize({.run = options.run,
+                           .data = options.data,
+                           .split = options.split,
+                           .images = images,
+                           .out = out,
+                           .skip_bad_images = options.skip_bad_images},
+                          session.plugins(), session.progress());
+}
+
+nlohmann::json to_json(const tasks::VisualizeReport& report) {
+  nlohmann::json pages = nlohmann::json::array();
+  for (const auto& page : report.pages) pages.push_back(page.string());
+  return {{"index", report.index.string()}, {"pages", pages}};
+}
+
+/// What --visualize was given.
+struct Visualization {
+  int64_t images = 0;  ///< 0: none
+  std::filesystem::path out;
+};
+
+void add_visualize_options(CLI::App& command, Visualization& visualization) {
+  CLI::Option* count =
+      command
+          .add_option("--visualize", visualization.images,
+                      "Draw the merged tokens of the split's first N images, a page each (computed on the CPU in fp32)")
+          ->type_name("N")
+          ->check(CLI::Range(int64_t{1}, tasks::kMaxVisualized).description(""));
+  command.add_option("--visualize-out", visualization.out, "Folder for these pages; default: MODEL_tokens here")
+      ->type_name("DIR")
+      ->needs(count);
+}
+
 }  // namespace
 
 void add_eval(CLI::App& root, Session& session) {
   CLI::App* command = add_command(root, session, "eval", "Accuracy and speed of a model on a data set");
   const auto options = std::make_shared<tasks::EvalOptions>();
   const auto bad_images = std::make_shared<std::string>("fail");
+  const auto visualization = std::make_shared<Visualization>();
   command->add_option("MODEL", options->run.model, "Model file (.safetensors, ours or timm's)")
       ->required()
       ->type_name("");
@@ -79,21 +118,30 @@ void add_eval(CLI::App& root, Session& session) {
       ->check(CLI::IsMember({"fail", "skip"}).description(""))
       ->type_name("fail|skip")
       ->capture_default_str();
+  add_visualize_options(*command, *visualization);
   command->add_flag("--exact-gelu", options->run.exact_gelu,
                     "On a GPU in bf16 or fp16: GELU by erf, not its tanh form");
   command->footer(R"(
 Examples:
   pyractl eval vit.safetensors --data task.tar
   pyractl eval vit.safetensors --data task.tar --set merge.name=tome --set merge.schedule=high
-  pyractl eval vit.safetensors --data photos/ --split val --predictions wrong.csv --json)");
-  command->callback([&session, options, bad_images] {
-    session.action = [&session, options, bad_images] {
+  pyractl eval vit.safetensors --data photos/ --split val --predictions wrong.csv --json
+  pyractl eval merged.safetensors --data task.tar --visualize 16)");
+  command->callback([&session, options, bad_images, visualization] {
+    session.action = [&session, options, bad_images, visualization] {
       options->run.device = session.globals.device;
       options->run.dtype = session.globals.dtype;
       options->run.set = session.globals.set;
       options->skip_bad_images = *bad_images == "skip";
+      std::optional<tasks::VisualizeReport> pages;
+      if (visualization->images > 0) pages = write_pages(*options, visualization->images, visualization->out, session);
       const tasks::EvalResult result = tasks::evaluate(*options, session.plugins(), session.progress());
-      session.print(to_json(*options, result), [&](std::ostream& out) { print_human(out, *options, result); });
+      nlohmann::json document = to_json(*options, result);
+      if (pages) document["visualization"] = to_json(*pages);
+      session.print(document, [&](std::ostream& out) {
+        print_human(out, *options, result);
+        if (pages) out << "tokens  " << pages->pages.size() << " pages, see " << pages->index.string() << "\n";
+      });
       return 0;
     };
   });

@@ -9,6 +9,7 @@
 #include "data/loader.h"
 #include "io/atomic_file.h"
 #include "tasks/assemble.h"
+#include "tasks/predictions.h"
 
 namespace pyra::tasks {
 namespace {
@@ -26,19 +27,6 @@ bool are_numbers(const std::vector<std::string>& names) {
   return true;
 }
 
-void check_classes(const io::ModelFile& model, const std::string& model_path, const data::Dataset& dataset) {
-  const std::string data_path = dataset.path().string();
-  if (model.config.num_classes != dataset.num_classes())
-    fail(ExitCode::input, model_path, " tells ", model.config.num_classes, " classes apart and ", data_path, " has ",
-         dataset.num_classes(), ": they do not belong together; fine-tune a head for this data (`pyractl finetune`)");
-  const auto &known = model.class_names, &given = dataset.class_names();
-  if (known.empty() || are_numbers(known) || are_numbers(given)) return;
-  for (size_t i = 0; i < known.size(); ++i)
-    if (known[i] != given[i])
-      fail(ExitCode::input, "class ", i, " is '", known[i], "' in ", model_path, " and '", given[i], "' in ", data_path,
-           ": the model was trained for other classes or another order");
-}
-
 /// A field as RFC 4180 wants it.
 std::string csv_field(const std::string& text) {
   if (text.find_first_of(",\"\r\n") == std::string::npos) return text;
@@ -53,7 +41,7 @@ class PredictionsFile {
   explicit PredictionsFile(const std::filesystem::path& path) {
     if (path.empty()) return;
     file_.emplace(path);
-    file_->write("path,label,predicted,probability\n");
+    file_->write(cat(kPredictionsHeader, "\n"));
   }
 
   void add(const data::ImageSet& set, const at::Tensor& predicted, const at::Tensor& probability) {
@@ -152,6 +140,19 @@ class Pipeline {
 };
 
 }  // namespace
+
+void check_classes(const io::ModelFile& model, const std::string& model_path, const data::Dataset& dataset) {
+  const std::string data_path = dataset.path().string();
+  if (model.config.num_classes != dataset.num_classes())
+    fail(ExitCode::input, model_path, " tells ", model.config.num_classes, " classes apart and ", data_path, " has ",
+         dataset.num_classes(), ": they do not belong together; fine-tune a head for this data (`pyractl finetune`)");
+  const auto &known = model.class_names, &given = dataset.class_names();
+  if (known.empty() || are_numbers(known) || are_numbers(given)) return;
+  for (size_t i = 0; i < known.size(); ++i)
+    if (known[i] != given[i])
+      fail(ExitCode::input, "class ", i, " is '", known[i], "' in ", model_path, " and '", given[i], "' in ", data_path,
+           ": the model was trained for other classes or another order");
+}
 
 EvalResult evaluate(const EvalOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
   if (options.batch < 1) fail(ExitCode::usage, "--batch is ", options.batch, ", expected at least 1");

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "base/progress.h"
+#include "data/dataset.h"
+#include "io/model_file.h"
 #include "tasks/run_model.h"
 
 namespace pyra::tasks {
@@ -41,5 +43,8 @@ struct EvalResult {
 /// Error(untrusted) when a logit is not finite. The predictions file appears whole at the end or not at all.
 [[nodiscard]] EvalResult evaluate(const EvalOptions& options, const host::PluginRegistry& plugins,
                                   Progress& progress = silent_progress());
+
+/// Error(input) unless model and data tell as many classes apart, by the same names where both have some.
+void check_classes(const io::ModelFile& model, const std::string& model_path, const data::Dataset& dataset);
 
 }  // namespace pyra::tasks

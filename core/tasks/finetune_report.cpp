@@ -1,8 +1,37 @@
-// What a run says of itself, as JSON.
+// What a run says of itself, as JSON, and that read back.
+#include <cmath>
+
+#include "base/error.h"
 #include "io/json.h"
+#include "io/json_fields.h"
 #include "tasks/finetune.h"
 
 namespace pyra::tasks {
+namespace {
+
+constexpr size_t kMaxReport = size_t{1} << 20;
+
+/// A count of something.
+int64_t count_of(const io::JsonFields& fields, const char* key) {
+  const int64_t value = fields.integer(key);
+  if (value < 0) fields.refuse(key, cat("is ", value, ", expected a count"));
+  return value;
+}
+
+double share_of(const io::JsonFields& fields, const char* key) {
+  const double value = fields.number(key);
+  if (!(value >= 0 && value <= 1)) fields.refuse(key, cat("is ", value, ", expected 0 to 1"));
+  return value;
+}
+
+/// Seconds, rates: finite and not negative.
+double amount_of(const io::JsonFields& fields, const char* key) {
+  const double value = fields.number(key);
+  if (!(value >= 0 && std::isfinite(value))) fields.refuse(key, cat("is ", value, ", expected 0 or more"));
+  return value;
+}
+
+}  // namespace
 
 std::string to_json(const FinetuneReport& r) {
   nlohmann::json choices = nlohmann::json::array();
@@ -38,8 +67,60 @@ std::string to_json(const FinetuneReport& r) {
                         {"threads", r.threads},
                         {"device_memory_bytes", r.device_memory_bytes},
                         {"resumed", r.resumed},
-                        {"versions", {{"pyractl", PYRA_VERSION}, {"libtorch", TORCH_VERSION}}}}
+                        {"processor", r.processor},
+                        {"versions", {{"pyractl", r.pyractl_version}, {"libtorch", r.libtorch_version}}}}
       .dump(2);
+}
+
+// Reports written before training knew GPUs name no device; those before the processor was kept, no processor.
+FinetuneReport read_finetune_report(const std::filesystem::path& path) {
+  const nlohmann::json document = io::read_json(path, kMaxReport);
+  const io::JsonFields fields(document, path.string());
+  const io::JsonFields versions = fields.object("versions");
+  const std::string device = fields.has("device") ? fields.string("device") : "cpu";
+  const int64_t device_bytes = fields.has("device_memory_bytes") ? count_of(fields, "device_memory_bytes") : 0;
+  FinetuneReport r{.out = fields.string("run"),
+                   .arch = fields.string("arch"),
+                   .merge = fields.string("merge"),
+                   .peft = fields.string("peft"),
+                   .device = device,
+                   .dtype = fields.string("dtype"),
+                   .protocol = fields.string("protocol"),
+                   .test_selected = fields.boolean("test_selected"),
+                   .accuracy = share_of(fields, "accuracy"),
+                   .correct = count_of(fields, "correct"),
+                   .test_images = count_of(fields, "test_images"),
+                   .train_split = fields.string("train_split"),
+                   .test_split = fields.string("test_split"),
+                   .lr = amount_of(fields, "lr"),
+                   .merge_lr = amount_of(fields, "merge_lr"),
+                   .choices = {},
+                   .selected_epoch = count_of(fields, "selected_epoch"),
+                   .parameters = count_of(fields, "params"),
+                   .trained_parameters = count_of(fields, "trained_params"),
+                   .macs = count_of(fields, "macs"),
+                   .epochs = count_of(fields, "epochs"),
+                   .steps = count_of(fields, "steps"),
+                   .train_seconds = amount_of(fields, "train_seconds"),
+                   .images_per_second = amount_of(fields, "images_per_second"),
+                   .eval_images_per_second = amount_of(fields, "eval_images_per_second"),
+                   .total_seconds = amount_of(fields, "total_seconds"),
+                   .skipped_images = count_of(fields, "skipped_images"),
+                   .seed = fields.integer("seed"),
+                   .threads = int(std::min<int64_t>(count_of(fields, "threads"), 1 << 20)),
+                   .device_memory_bytes = device_bytes,
+                   .resumed = fields.boolean("resumed"),
+                   .processor = fields.has("processor") ? fields.string("processor") : "",
+                   .pyractl_version = versions.string("pyractl"),
+                   .libtorch_version = versions.string("libtorch")};
+  for (const nlohmann::json& item : fields.value("choices")) {
+    const io::JsonFields choice(item, path.string(), "choices.");
+    r.choices.push_back({.lr = amount_of(choice, "lr"), .accuracy = share_of(choice, "accuracy")});
+  }
+  if (r.test_images == 0 || r.correct > r.test_images) {
+    fields.refuse("correct", cat("is ", r.correct, " of ", r.test_images, " images"));
+  }
+  return r;
 }
 
 std::string to_json(const DryRunReport& r) {
