@@ -33,6 +33,8 @@ struct PeftSetup {
   TensorMap learned;
 };
 
+class SoftReduction;
+
 /// Seeds of everything random in a training step; unused in inference.
 struct StepRandom {
   uint64_t seed = 0;
@@ -46,6 +48,8 @@ struct ForwardOptions {
   StepRandom random{};
   /// Called after every block with its number, tokens [B,N',C] and sizes [B,N']; for tests and visualisation.
   std::function<void(int64_t, const at::Tensor&, const at::Tensor&)> trace{};
+  /// Takes the place of attention and merger (nn/soft_reduction.h); the model must then carry no merger.
+  SoftReduction* soft = nullptr;
 };
 
 class Vit {

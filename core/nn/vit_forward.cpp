@@ -4,6 +4,7 @@
 #include "kernels/attention.h"
 #include "kernels/layer_norm.h"
 #include "kernels/merge.h"
+#include "nn/soft_reduction.h"
 #include "nn/vit_parts.h"
 
 namespace pyra::nn {
@@ -36,6 +37,9 @@ kernels::MergeArguments arguments_of(const sdk::MergePlan& plan) {
 
 }  // namespace
 
+// Out of line, so that one vtable and one typeinfo serve the whole program.
+SoftReduction::~SoftReduction() = default;
+
 void fill_branch_scale(double p, const StepRandom& random, int64_t block, int64_t branch, float* scale, int64_t batch) {
   const Philox generator(random.seed, RandomStream::drop_path,
                          random.step * kSitesPerStep + uint64_t(2 * block + branch));
@@ -57,9 +61,11 @@ struct Vit::Pass {
 
   void embed(const at::Tensor& images);
   void block(int64_t index);
+  [[nodiscard]] kernels::AttentionOutput attend(int64_t index, const at::Tensor& qkv, const sdk::Needs& needs) const;
   void merge(int64_t index, const kernels::AttentionOutput& attention);
   [[nodiscard]] at::Tensor linear(const BlockParts& parts, int64_t index, sdk::LinearKind kind, const at::Tensor& input,
                                   kernels::LinearOptions linear_options) const;
+  [[nodiscard]] at::Tensor patch_mean() const;
   [[nodiscard]] at::Tensor head() const;
 };
 
@@ -106,6 +112,14 @@ at::Tensor Vit::Pass::linear(const BlockParts& parts, int64_t index, sdk::Linear
   return linear_options.residual + y;
 }
 
+kernels::AttentionOutput Vit::Pass::attend(int64_t index, const at::Tensor& qkv, const sdk::Needs& needs) const {
+  if (options.soft) return {.out = options.soft->attend(index, qkv), .key_mean = {}, .class_attention = {}};
+  kernels::AttentionOptions attention_options{.key_mean = needs.key_mean, .class_attention = needs.class_attention};
+  // log(1) adds nothing: before the first merge the bias is left out, not added as zeros.
+  if (merged && model.merge_->proportional_attention) attention_options.sizes = sizes;
+  return kernels::attention(qkv, config().num_heads, attention_options);
+}
+
 void Vit::Pass::merge(int64_t index, const kernels::AttentionOutput& attention) {
   const MergeSetup& setup = *model.merge_;
   const sdk::MergeInputs inputs{.block = index,
@@ -147,14 +161,12 @@ void Vit::Pass::block(int64_t index) {
   at::Tensor normed =
       kernels::layer_norm(rows(), parts.norm1.weight, parts.norm1.bias, config().norm_eps, options.compute);
   const at::Tensor qkv = linear(parts, index, LinearKind::qkv, normed, {}).view({batch, x.size(1), 3 * dim});
-  kernels::AttentionOptions attention_options{.key_mean = needs.key_mean, .class_attention = needs.class_attention};
-  // log(1) adds nothing: before the first merge the bias is left out, not added as zeros.
-  if (merged && setup->proportional_attention) attention_options.sizes = sizes;
-  const kernels::AttentionOutput attention = kernels::attention(qkv, config().num_heads, attention_options);
+  const kernels::AttentionOutput attention = attend(index, qkv, needs);
   x = linear(parts, index, LinearKind::proj, attention.out.view({-1, dim}),
              {.residual = rows(), .branch_scale = branch_scale(batch, drop, options.random, index, 0)})
           .view({batch, -1, dim});
 
+  if (options.soft) x = options.soft->reduce(index, x);
   if (merges) merge(index, attention);
 
   normed = kernels::layer_norm(rows(), parts.norm2.weight, parts.norm2.bias, config().norm_eps, options.compute);
@@ -164,6 +176,13 @@ void Vit::Pass::block(int64_t index) {
           .view({batch, -1, dim});
 }
 
+at::Tensor Vit::Pass::patch_mean() const {
+  const at::Tensor patches = x.slice(1, config().protected_tokens());
+  if (!options.soft) return patches.mean(1);
+  const at::Tensor mask = options.soft->mask().slice(1, config().protected_tokens()).unsqueeze(-1);
+  return (patches * mask).sum(1) / mask.sum(1);
+}
+
 at::Tensor Vit::Pass::head() const {
   const Parts& parts = *model.parts_;
   const auto logits = [&](const at::Tensor& features, const kernels::LinearWeights& layer) {
@@ -171,7 +190,7 @@ at::Tensor Vit::Pass::head() const {
         kernels::layer_norm(features.contiguous(), parts.norm.weight, parts.norm.bias, config().norm_eps, at::kFloat);
     return kernels::linear(normed, layer);
   };
-  if (config().pool == Pool::avg) return logits(x.slice(1, config().protected_tokens()).mean(1), parts.heads[0]);
+  if (config().pool == Pool::avg) return logits(patch_mean(), parts.heads[0]);
   // Only the rows that a head reads are normalised.
   const at::Tensor by_class = logits(x.select(1, 0), parts.heads[0]);
   if (!config().distilled) return by_class;
@@ -185,6 +204,7 @@ at::Tensor Vit::forward(const at::Tensor& images, const ForwardOptions& options)
     fail(ExitCode::internal, "forward: images are ", images.sizes(), " ", images.scalar_type(), ", expected [B, 3, ",
          side, ", ", side, "] Float");
   if (config_.num_classes == 0) fail(ExitCode::usage, "the model has no head: fine-tune it first");
+  if (options.soft && merge_) fail(ExitCode::internal, "forward: a soft reduction in a model that merges already");
   Pass pass{.model = *this, .options = options, .batch = images.size(0), .x = {}, .sizes = {}};
   pass.embed(images);
   for (int64_t i = 0; i < config_.depth; ++i) {

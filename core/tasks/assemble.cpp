@@ -24,20 +24,24 @@ std::unique_ptr<nn::MergeSetup> make_setup(const io::MergeSpec& spec, const host
 
 Model load_model(const std::filesystem::path& path, const host::PluginRegistry& plugins,
                  const io::ReadModelOptions& options) {
-  Model model{.file = io::read_model(path, options), .vit = nullptr};
+  return make_model(io::read_model(path, options), plugins, path.string());
+}
+
+Model make_model(io::ModelFile file, const host::PluginRegistry& plugins, const std::string& where) {
+  Model model{.file = std::move(file), .vit = nullptr};
   try {
     model.vit = std::make_unique<nn::Vit>(model.file.config, model.file.weights);
     if (model.file.merge) {
       // Resolved when it was written; resolving again checks what a file claims.
       io::MergeSpec& spec = *model.file.merge;
-      auto setup = make_setup(spec, plugins, path.string() + ": merge");
+      auto setup = make_setup(spec, plugins, where + ": merge");
       setup->schedule = spec.schedule = setup->merger->resolve(spec.schedule, model.file.config.shape());
       model.vit->set_merge(std::move(setup));
     }
   } catch (const Error& error) {
     const std::string text = error.what();
-    if (text.starts_with(path.string())) throw;
-    throw Error(error.code(), path.string() + ": " + text);
+    if (text.starts_with(where)) throw;
+    throw Error(error.code(), where + ": " + text);
   }
   return model;
 }
@@ -53,6 +57,12 @@ Model arch_model(const std::string& arch, uint64_t seed) {
 
 void attach_merge(Model& model, const host::PluginRegistry& plugins, const io::PluginChoice& merge,
                   const std::string& schedule, bool proportional_attention, std::optional<uint64_t> fresh_seed) {
+  attach_merge(model, plugins, merge, nn::parse_schedule(schedule, model.file.config), proportional_attention,
+               fresh_seed);
+}
+
+void attach_merge(Model& model, const host::PluginRegistry& plugins, const io::PluginChoice& merge,
+                  const sdk::Schedule& schedule, bool proportional_attention, std::optional<uint64_t> fresh_seed) {
   io::MergeSpec spec{.name = merge.name,
                      .schedule = {},
                      .parameters = merge.parameters,
@@ -60,7 +70,7 @@ void attach_merge(Model& model, const host::PluginRegistry& plugins, const io::P
                      .learned = {}};
   const sdk::ModelShape shape = model.file.config.shape();
   auto setup = make_setup(spec, plugins, merge.where.empty() ? "merge '" + merge.name + "'" : merge.where);
-  spec.schedule = setup->merger->resolve(nn::parse_schedule(schedule, model.file.config), shape);
+  spec.schedule = setup->merger->resolve(schedule, shape);
   const auto declared = setup->merger->declare(shape, spec.schedule);
   if (!declared.empty() && !fresh_seed)
     fail(ExitCode::usage, "merger '", merge.name, "' works with tensors that are trained (", declared.size(),

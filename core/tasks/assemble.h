@@ -22,6 +22,8 @@ struct Model {
 /// Reads a model file and attaches the merger it carries.
 [[nodiscard]] Model load_model(const std::filesystem::path& path, const host::PluginRegistry& plugins,
                                const io::ReadModelOptions& options = {});
+/// A model from what a file says, with the merger it carries; `where` opens messages.
+[[nodiscard]] Model make_model(io::ModelFile file, const host::PluginRegistry& plugins, const std::string& where);
 /// A model of this architecture (timm's name) with random weights: timing needs no file.
 [[nodiscard]] Model arch_model(const std::string& arch, uint64_t seed = 0);
 
@@ -30,6 +32,9 @@ struct Model {
 /// to be trained first (finetune).
 void attach_merge(Model& model, const host::PluginRegistry& plugins, const io::PluginChoice& merge,
                   const std::string& schedule, bool proportional_attention, std::optional<uint64_t> fresh_seed);
+/// The same with a schedule that is parsed already, resolved or not.
+void attach_merge(Model& model, const host::PluginRegistry& plugins, const io::PluginChoice& merge,
+                  const sdk::Schedule& schedule, bool proportional_attention, std::optional<uint64_t> fresh_seed);
 void detach_merge(Model& model);
 
 /// Attaches a PEFT method with fresh tensors by seed.

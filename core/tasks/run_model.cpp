@@ -79,19 +79,24 @@ void change_merge(Model& model, const io::Recipe& asked, const std::vector<std::
     return set_proportional_attention(model, asked.proportional_attention);
 
   io::PluginChoice choice = asked.merge;
-  std::string schedule = asked.schedule;
+  const auto parse = [&](const std::string& text) { return nn::parse_schedule(text, model.file.config); };
+  std::optional<sdk::Schedule> schedule;
+  if (!asked.schedule.empty()) schedule = parse(asked.schedule);
   bool proportional_attention = asked.proportional_attention;
   if (const auto& has = model.file.merge) {
     if (!named) choice.name = has->name;
     if (choice.name == has->name) choice.parameters.insert(has->parameters.begin(), has->parameters.end());
+    // Counts that were searched or read from a file have no other name than themselves.
     if (!sets(set, "merge.schedule"))
-      schedule = has->schedule.remove.empty() ? has->schedule.text : join(has->schedule.remove, ",");
+      schedule = has->schedule.remove.empty() ? has->schedule : parse(join(has->schedule.remove, ","));
     if (!sets(set, "merge.proportional_attention")) proportional_attention = has->proportional_attention;
   }
-  if (schedule.empty())
+  if (!schedule)
     fail(ExitCode::usage, "--set merge.name=", choice.name, " needs a schedule, as in --set merge.schedule=high");
-  attach_merge(model, plugins, choice, schedule, proportional_attention, std::nullopt);
+  attach_merge(model, plugins, choice, *schedule, proportional_attention, std::nullopt);
 }
+
+}  // namespace
 
 void change_preprocess(nn::Preprocess& preprocess, const io::Recipe& asked) {
   if (asked.image_size) preprocess.size = *asked.image_size;
@@ -99,8 +104,6 @@ void change_preprocess(nn::Preprocess& preprocess, const io::Recipe& asked) {
   if (!asked.mean.empty()) std::copy_n(asked.mean.begin(), 3, preprocess.mean.begin());
   if (!asked.std.empty()) std::copy_n(asked.std.begin(), 3, preprocess.std.begin());
 }
-
-}  // namespace
 
 void check_keys(const std::vector<std::string>& set, const std::vector<std::string>& known) {
   for (const std::string& assignment : set) {

@@ -9,6 +9,13 @@ namespace pyra::host {
 class PluginRegistry;
 }
 
+namespace pyra::io {
+struct Recipe;
+}
+namespace pyra::nn {
+struct Preprocess;
+}
+
 namespace pyra::tasks {
 
 struct Model;
@@ -27,6 +34,9 @@ struct RunOptions {
 /// schedule; one with trained tensors (PYRA) asked for anything but what it was trained for is Error(usage). An
 /// unknown key is Error(usage) naming the nearest. The device is checked too.
 [[nodiscard]] Model load_for_running(const RunOptions& options, const host::PluginRegistry& plugins);
+
+/// Sets what `asked` says of preprocessing.
+void change_preprocess(nn::Preprocess& preprocess, const io::Recipe& asked);
 
 /// Throws Error(usage) naming the nearest key unless every "key=value" has a key of `known`; a key ending in ".*"
 /// stands for all that begin so.

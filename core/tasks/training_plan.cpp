@@ -7,7 +7,8 @@ namespace {
 
 constexpr int64_t kPaperEvalEvery = 10;
 
-/// The first of `names` that the data has.
+}  // namespace
+
 std::string need_split(const data::Dataset& dataset, const std::vector<std::string>& names, const char* purpose) {
   for (const std::string& name : names) {
     if (dataset.has_split(name)) return name;
@@ -15,8 +16,6 @@ std::string need_split(const data::Dataset& dataset, const std::vector<std::stri
   fail(ExitCode::input, dataset.path().string(), ": no split to ", purpose, ": expected ", join(names, " or "),
        "; there are: ", join(dataset.splits()));
 }
-
-}  // namespace
 
 std::vector<Training> plan_trainings(const io::Recipe& recipe, const data::Dataset& dataset) {
   const std::vector<double>& rates = recipe.train.lr;

@@ -22,4 +22,8 @@ struct Training {
 /// lacks a split that it needs.
 [[nodiscard]] std::vector<Training> plan_trainings(const io::Recipe& recipe, const data::Dataset& dataset);
 
+/// The first of `names` that the data has; Error(input) naming `purpose` ("train on") and the splits there are.
+[[nodiscard]] std::string need_split(const data::Dataset& dataset, const std::vector<std::string>& names,
+                                     const char* purpose);
+
 }  // namespace pyra::tasks

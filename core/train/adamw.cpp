@@ -74,4 +74,30 @@ void AdamW::drop_gradients() {
   for (TrainedTensor& t : tensors_) t.value.mutable_grad().reset();
 }
 
+sdk::TensorMap trained_state(const std::vector<TrainedTensor>& tensors) {
+  sdk::TensorMap state;
+  for (const TrainedTensor& t : tensors) {
+    state["value." + t.name] = t.value.detach();
+    state["first." + t.name] = t.first;
+    state["second." + t.name] = t.second;
+  }
+  return state;
+}
+
+void restore_trained(const std::vector<TrainedTensor>& tensors, const sdk::TensorMap& state, const std::string& where) {
+  sdk::TensorMap mine = trained_state(tensors);
+  for (auto& [name, target] : mine) {
+    const auto found = state.find(name);
+    if (found == state.end()) fail(ExitCode::input, where, ": tensor '", name, "' is missing");
+    if (found->second.sizes() != target.sizes() || found->second.scalar_type() != at::kFloat) {
+      fail(ExitCode::input, where, ": tensor '", name, "' is ", found->second.scalar_type(), " ", found->second.sizes(),
+           ", this run needs fp32 ", target.sizes());
+    }
+  }
+  if (mine.size() != state.size()) {
+    fail(ExitCode::input, where, ": holds ", state.size(), " tensors, this run has ", mine.size());
+  }
+  for (auto& [name, target] : mine) target.copy_(state.find(name)->second);
+}
+
 }  // namespace pyra::train

@@ -45,4 +45,10 @@ class AdamW {
   int64_t steps_ = 0;
 };
 
+/// Values and moments, sharing storage: "value.<name>", "first.<name>", "second.<name>".
+[[nodiscard]] sdk::TensorMap trained_state(const std::vector<TrainedTensor>& tensors);
+/// Copies such a state into `tensors`. Error(input) naming the tensor that is missing or of another shape; `where`
+/// opens the message.
+void restore_trained(const std::vector<TrainedTensor>& tensors, const sdk::TensorMap& state, const std::string& where);
+
 }  // namespace pyra::train
