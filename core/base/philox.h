@@ -21,6 +21,7 @@ enum class RandomStream : uint32_t {
   bench = 7,
   verify = 8,
   partition = 9,
+  search = 10,
 };
 
 class Philox {

@@ -2,13 +2,14 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "base/progress.h"
+#include "tasks/rate_search_task.h"
 #include "tasks/run_model.h"
+#include "tasks/schedule_search.h"
 
 namespace pyra::tasks {
 
@@ -20,9 +21,15 @@ struct CompressOptions {
   std::string schedule;                  ///< as design.md: low, high, N, N@inflection, a,b,c, file.toml
   std::string target_macs;               ///< "0.5" of the dense model's, or an absolute count
   std::optional<double> target_speedup;  ///< measured, over the dense model
+  /// DiffRate's counts for `target_macs`, trained on data; else a target is searched for as below.
+  std::optional<RateSearchOptions> search;
+  /// How (schedule_search.h).
+  std::filesystem::path data, latency_table;
+  int64_t images = 128, tries = 48;
   std::filesystem::path out;
   bool proportional_attention = true;
-  bool measure = true;  ///< time both models; always done for a target_speedup
+  bool measure = true;        ///< time both models; always done for a target_speedup
+  bool allow_slower = false;  ///< write a model that was measured to be slower than dense
   int64_t batch = 32;
 };
 
@@ -42,18 +49,15 @@ struct CompressResult {
   std::vector<int64_t> remove, prune, merge;        ///< the resolved schedule
   std::optional<double> speedup;                    ///< median over pairs of dense time / compressed time
   std::optional<double> speedup_low, speedup_high;  ///< quartiles of the same
+  std::optional<FoundSchedule> found;               ///< how a target was met
+  std::optional<RateSearchReport> search;
 };
 
 /// Writes `out` only after everything else succeeded. Error(usage): the merger has to be trained first, the model
 /// already carries a trained one, a target that no schedule reaches by counting. Error(untrusted), with the figures:
-/// a speed-up that was not reached on this machine.
+/// a speed-up that was not reached on this machine, a schedule that is slower than dense there. With `search` also what
+/// search_rates throws.
 [[nodiscard]] CompressResult compress(const CompressOptions& options, const host::PluginRegistry& plugins,
                                       Progress& progress = silent_progress());
-
-/// The lightest cut that fits: removal counts, one a block, whose multiply-adds are the largest not above `target`
-/// among the schedules that take r + 1 tokens in the first blocks and r in the others. `macs_of` counts a schedule and
-/// never grows with it. Empty when even `limit` tokens a block leave more than `target`.
-[[nodiscard]] std::vector<int64_t> schedule_for_macs(
-    int64_t target, int64_t depth, int64_t limit, const std::function<int64_t(const std::vector<int64_t>&)>& macs_of);
 
 }  // namespace pyra::tasks
