@@ -32,6 +32,12 @@ struct TrainedTensor {
 /// are the merge group. Error(internal) for a tensor that is not contiguous fp32.
 [[nodiscard]] std::vector<TrainedTensor> trained_tensors(const nn::TensorMap& tensors);
 
+/// How much a teacher's logits count, where a step has them: loss = (1 - weight) cross-entropy + weight T² KL(teacher,
+/// student), both softened by the temperature T (Hinton et al., arXiv 1503.02531).
+struct Distillation {
+  double weight = 0.5, temperature = 2;
+};
+
 struct TrainerOptions {
   std::string device = "cpu";  ///< "cpu" or "cuda:INDEX"
   Precision precision = Precision::fp32;
@@ -39,6 +45,7 @@ struct TrainerOptions {
   double drop_path = 0;  ///< of the last block; rises linearly from 0
   uint64_t seed = 0;
   int64_t batch = 32;  ///< images of every step
+  Distillation distillation{};
 };
 
 /// What a step is given.
@@ -47,6 +54,7 @@ struct TrainStep {
   double lr = 0, merge_lr = 0;   ///< of the merge group
   std::vector<int64_t> indices;  ///< into the set of images, `batch` of them
   at::Tensor images;             ///< [B,3,S,S] fp32, normalised, where the loop made them itself (augmentation)
+  at::Tensor teacher;            ///< [B,classes] fp32: a teacher's logits for these images, or undefined
 };
 
 /// What became of the steps since the last collect().
@@ -90,7 +98,7 @@ struct TrainingImages {
 };
 
 /// On a GPU (Error(device) where it is not there or too small). `model` is in training mode and outlives the trainer;
-/// Error(usage) naming the tensor or the merger that only the CPU trains.
+/// Error(usage) naming the tensor or the merger that only the CPU trains. Steps with a teacher are the CPU's alone.
 [[nodiscard]] std::unique_ptr<Trainer> make_cuda_trainer(nn::Vit& model, const TrainingImages& images,
                                                          const nn::Preprocess& preprocess,
                                                          const TrainerOptions& options);

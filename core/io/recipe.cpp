@@ -86,6 +86,16 @@ const Keys& recipe_keys() {
       {"train.random_resized_crop", [](Recipe& r, const TomlValue& v) { r.train.random_resized_crop = v.boolean(); }},
       {"train.checkpoint_every", [](Recipe& r, const TomlValue& v) { r.train.checkpoint_every = v.integer(0, kMax); }},
       {"train.eval_every", [](Recipe& r, const TomlValue& v) { r.train.eval_every = v.integer(0, kMaxEpochs); }},
+      {"train.teacher", [](Recipe& r, const TomlValue& v) { r.train.teacher = v.string(); }},
+      {"train.teacher_weight",
+       [](Recipe& r, const TomlValue& v) {
+         r.train.teacher_weight = v.number([](double x) { return x > 0 && x <= 1; }, "more than 0 and at most 1");
+       }},
+      {"train.teacher_temperature",
+       [](Recipe& r, const TomlValue& v) {
+         r.train.teacher_temperature =
+             v.number([](double x) { return x > 0 && x <= 1000; }, "more than 0, at most 1000");
+       }},
       {"peft.name", [](Recipe& r, const TomlValue& v) { r.peft.name = v.string(); }},
       {"merge.name", [](Recipe& r, const TomlValue& v) { r.merge.name = v.string(); }},
       {"merge.schedule", [](Recipe& r, const TomlValue& v) { r.schedule = schedule_text(v); }},

@@ -28,6 +28,11 @@ struct TrainSettings {
   bool random_resized_crop = false;
   int64_t checkpoint_every = 0;  ///< steps; 0: every epoch
   int64_t eval_every = 0;        ///< epochs; 0: only at the end (protocol "paper": 10)
+  /// A model that teaches, or "": loss = (1 - w) cross-entropy + w T² KL(teacher at T, student at T), with w the weight
+  /// and T the temperature (Hinton et al., arXiv 1503.02531). At weight 1 labels do not count.
+  std::string teacher;
+  double teacher_weight = 0.5;
+  double teacher_temperature = 2;
   bool operator==(const TrainSettings&) const = default;
 };
 

@@ -66,6 +66,9 @@ void add_train(Writer& out, const TrainSettings& train) {
   out.add("random_resized_crop", train.random_resized_crop);
   out.add("checkpoint_every", train.checkpoint_every);
   out.add("eval_every", train.eval_every);
+  out.add("teacher", train.teacher);
+  out.add("teacher_weight", train.teacher_weight);
+  out.add("teacher_temperature", train.teacher_temperature);
 }
 
 }  // namespace

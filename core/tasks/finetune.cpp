@@ -10,8 +10,11 @@
 #include "io/atomic_file.h"
 #include "io/json.h"
 #include "io/safetensors.h"
+#include "tasks/finetune_options.h"
 #include "tasks/finetune_state.h"
+#include "tasks/machine.h"
 #include "tasks/run_folder.h"
+#include "tasks/teacher.h"
 #include "tasks/training_plan.h"
 #include "tasks/tuned_model.h"
 #include "train/checkpoint.h"
@@ -26,67 +29,6 @@ constexpr int64_t kEvalBatch = 64;
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-bool holds_something(const fs::path& folder) {
-  std::error_code error;
-  return fs::exists(folder) && (!fs::is_directory(folder) || !fs::is_empty(folder, error));
-}
-
-void check_options(const FinetuneOptions& options) {
-  const io::TrainSettings& train = options.recipe.train;
-  if (options.recipe.data.empty()) {
-    fail(ExitCode::usage, "no data to train on: set `data = \"FOLDER or .tar\"` in the recipe or give --data");
-  }
-  const auto at_least = [](const char* key, double value, double minimum) {
-    if (!(value >= minimum)) fail(ExitCode::usage, key, " is ", value, ", expected at least ", minimum);
-  };
-  at_least("train.epochs", double(train.epochs), 1);
-  at_least("train.batch", double(train.batch), 1);
-  at_least("train.max_seconds", train.max_seconds, 0);
-  at_least("train.warmup_epochs", double(train.warmup_epochs), 0);
-  at_least("train.checkpoint_every", double(train.checkpoint_every), 0);
-  at_least("train.eval_every", double(train.eval_every), 0);
-  at_least("train.merge_lr", train.merge_lr, 0);
-  for (const double lr : train.lr) {
-    if (!(lr > 0)) fail(ExitCode::usage, "train.lr is ", lr, ", expected a positive number");
-  }
-}
-
-void check_out(const FinetuneOptions& options) {
-  const fs::path& out = options.recipe.out;
-  if (out.empty()) fail(ExitCode::usage, "no run folder: give --out RUN or set `out = \"RUN\"` in the recipe");
-  if (!options.resume && holds_something(out)) {
-    fail(ExitCode::usage, out.string(),
-         ": is there already and not empty; go on with it by --resume, or give another --out");
-  }
-}
-
-/// A recipe that says nothing of its dtype means fp32 on the CPU and bf16 on a GPU.
-engine::Precision precision_of(const io::Recipe& recipe, const std::string& device) {
-  if (recipe.dtype.empty()) return device == "cpu" ? engine::Precision::fp32 : engine::Precision::bf16;
-  const engine::Precision precision = resolve_precision(recipe.dtype, device);
-  if (precision == engine::Precision::fp16)
-    fail(ExitCode::usage, "dtype fp16: its gradients vanish without loss scaling; train in bf16");
-  return precision;
-}
-
-train::LoopSettings loop_settings(const io::Recipe& recipe, const std::string& device, double lr) {
-  const io::TrainSettings& t = recipe.train;
-  return {.schedule = {.peak = lr,
-                       .warmup_lr = t.warmup_lr,
-                       .min_lr = t.min_lr,
-                       .warmup_epochs = t.warmup_epochs,
-                       .epochs = t.epochs},
-          .merge_lr = t.merge_lr,
-          .max_seconds = t.max_seconds,
-          .adamw = {.weight_decay = t.weight_decay},
-          .batch = t.batch,
-          .drop_path = t.drop_path,
-          .augment = {.hflip = t.hflip, .random_resized_crop = t.random_resized_crop},
-          .seed = uint64_t(recipe.seed),
-          .device = device,
-          .precision = precision_of(recipe, device)};
 }
 
 int64_t element_count(const sdk::TensorMap& tensors) {
@@ -120,20 +62,22 @@ std::string train_note(const train::Loop& loop, double max_seconds) {
 /// One run, from the recipe to the report.
 class Finetune {
  public:
-  Finetune(const FinetuneOptions& options, const host::PluginRegistry& plugins, Progress& progress)
-      : options_(options),
-        recipe_(options.recipe),
+  Finetune(FinetuneOptions options, const host::PluginRegistry& plugins, Progress& progress)
+      : options_(std::move(options)),
+        recipe_(options_.recipe),
         plugins_(plugins),
         progress_(progress),
-        run_{options.recipe.out},
-        device_(resolve_device(options.device)),
+        run_{recipe_.out},
+        device_(resolve_device(options_.device)),
         dataset_(data::Dataset::open(recipe_.data, uint64_t(recipe_.seed))),
         plan_(plan_trainings(recipe_, dataset_)),
         model_(make_tuned_model(recipe_, {dataset_.class_names()}, plugins, progress)),
         live_(model_.vit->train_mode()) {
+    base_ = base_fingerprint(model_);
+    if (!recipe_.train.teacher.empty()) teacher_ = std::make_unique<Teacher>(recipe_, model_.file, device_, plugins);
     for (const auto& [name, tensor] : live_) initial_[name] = tensor.detach().clone();
     state_.identity = {.recipe = io::to_toml(recipe_),
-                       .model = base_fingerprint(model_),
+                       .model = teacher_ ? cat(base_, " taught by ", teacher_->identity()) : base_,
                        .data = {},
                        .plugins = plugin_versions(model_, plugins),
                        .threads = at::get_num_threads(),
@@ -145,6 +89,7 @@ class Finetune {
 
  private:
   const data::ImageSet& images(const std::string& split);
+  [[nodiscard]] train::LoopSettings settings_of(double lr, const data::ImageSet& set) const;
   void identify_data(const data::ImageSet& set);
   [[nodiscard]] double rate_of(const Training& training) const;
   void take_up(std::optional<train::Checkpoint>& checkpoint);
@@ -158,9 +103,10 @@ class Finetune {
   void save(train::Loop& loop);
   void stop_if_asked(train::Loop& loop);
   [[nodiscard]] FinetuneReport report() const;
+  [[nodiscard]] std::vector<std::pair<std::string, int64_t>> trained_groups() const;
   [[nodiscard]] std::string resume_command() const;
 
-  const FinetuneOptions& options_;
+  const FinetuneOptions options_;
   const io::Recipe& recipe_;
   const host::PluginRegistry& plugins_;
   Progress& progress_;
@@ -170,6 +116,8 @@ class Finetune {
   data::Dataset dataset_;
   std::vector<Training> plan_;
   Model model_;
+  std::string base_;  // fingerprint of the model that is adapted
+  std::unique_ptr<Teacher> teacher_;
   sdk::TensorMap live_, initial_;  // trained tensors by full name: the model's own, and copies of their first values
   sdk::TensorMap best_;            // copies at the best evaluation of the current training
   std::map<std::string, data::ImageSet> sets_;
@@ -190,6 +138,12 @@ const data::ImageSet& Finetune::images(const std::string& split) {
       .first->second;
 }
 
+train::LoopSettings Finetune::settings_of(double lr, const data::ImageSet& set) const {
+  train::LoopSettings settings = loop_settings(recipe_, device_, lr);
+  if (teacher_) settings.teacher = teacher_->over(set);
+  return settings;
+}
+
 void Finetune::identify_data(const data::ImageSet& set) {
   if (identified_ == &set) return;
   state_.identity.data = fingerprint({{"images", set.images}, {"labels", set.labels}});
@@ -207,6 +161,8 @@ FinetuneReport Finetune::run() {
   if (options_.resume) checkpoint = train::read_checkpoint(run_.checkpoint(), progress_);
   take_up(checkpoint);
   begin_folder();
+  for (const auto& [group, count] : trained_groups())
+    if (count > 0) progress_.note(cat("trains ", group, ": ", grouped(count), " parameters"));
   for (; state_.training < int64_t(plan_.size()); ++state_.training) {
     const Training& training = plan_[size_t(state_.training)];
     run_training(training, checkpoint ? &*checkpoint : nullptr);
@@ -217,8 +173,7 @@ FinetuneReport Finetune::run() {
     state_.evaluated_step = -1;
     if (training.train_split != plan_[size_t(state_.training) + 1].train_split) sets_.erase(training.train_split);
   }
-  write_adapter(run_, model_, recipe_,
-                {.classes = {dataset_.class_names()}, .base_fingerprint = state_.identity.model});
+  write_adapter(run_, model_, recipe_, {.classes = {dataset_.class_names()}, .base_fingerprint = base_});
   const FinetuneReport result = report();
   io::write_file(run_.report(), to_json(result) + "\n");
   return result;
@@ -254,6 +209,7 @@ void Finetune::begin_folder() {
     resolved.model = fs::absolute(recipe_.model);
     resolved.data = fs::absolute(recipe_.data);
     resolved.out = fs::absolute(recipe_.out);
+    if (teacher_) resolved.train.teacher = fs::absolute(recipe_.train.teacher).string();
     io::write_file(run_.recipe(), io::to_toml(resolved));
   }
   log_.emplace(run_.metrics(), state_.metrics_bytes);
@@ -266,7 +222,7 @@ void Finetune::run_training(const Training& training, const train::Checkpoint* c
   for (auto& [name, tensor] : live_) tensor.detach().copy_(initial_.find(name)->second);
   best_.clear();
   const double max_seconds = recipe_.train.max_seconds;
-  train::Loop loop(*model_.vit, set, model_.file.preprocess, loop_settings(recipe_, device_, rate_of(training)));
+  train::Loop loop(*model_.vit, set, model_.file.preprocess, settings_of(rate_of(training), set));
   images_per_step_ = loop.images_per_step();
   if (checkpoint) {
     sdk::TensorMap tensors;
@@ -438,16 +394,29 @@ FinetuneReport Finetune::report() const {
                    .seed = recipe_.seed,
                    .threads = state_.identity.threads,
                    .device_memory_bytes = device_bytes_,
-                   .resumed = resumed_};
+                   .resumed = resumed_,
+                   .processor = processor_name(device_),
+                   .pyractl_version = version(),
+                   .libtorch_version = libtorch_version()};
   for (const auto& [split, set] : sets_) r.skipped_images += int64_t(set.skipped.size());
   return r;
+}
+
+std::vector<std::pair<std::string, int64_t>> Finetune::trained_groups() const {
+  std::vector<std::pair<std::string, int64_t>> groups;
+  for (const char* group : {"head", "model", "peft", "merge"}) {
+    int64_t count = 0;
+    for (const auto& [name, tensor] : live_) count += tensor_group(name) == group ? tensor.numel() : 0;
+    groups.emplace_back(group, count);
+  }
+  return groups;
 }
 
 DryRunReport Finetune::dry_run() {
   const Training& last = plan_.back();
   const double lr = last.lr > 0 ? last.lr : recipe_.train.lr.front();
   const data::ImageSet& set = images(last.train_split);
-  train::Loop loop(*model_.vit, set, model_.file.preprocess, loop_settings(recipe_, device_, lr));
+  train::Loop loop(*model_.vit, set, model_.file.preprocess, settings_of(lr, set));
   const nn::VitConfig& config = model_.file.config;
   DryRunReport r{.arch = config.arch,
                  .merge = merge_label(model_),
@@ -466,11 +435,7 @@ DryRunReport Finetune::dry_run() {
                  .macs = nn::count_macs(config, tokens_after(model_))};
   if (r.tokens.empty()) r.tokens.assign(size_t(config.depth), config.tokens());
   r.tokens.insert(r.tokens.begin(), config.tokens());
-  for (const char* group : {"head", "model", "peft", "merge"}) {
-    int64_t count = 0;
-    for (const auto& [name, tensor] : live_) count += tensor_group(name) == group ? tensor.numel() : 0;
-    r.trained.emplace_back(group, count);
-  }
+  r.trained = trained_groups();
   for (const Training& training : plan_) {
     const auto n = int64_t(dataset_.split(training.train_split).size());
     r.steps += std::max<int64_t>(1, n / recipe_.train.batch) * recipe_.train.epochs;
@@ -498,12 +463,12 @@ std::string Finetune::resume_command() const {
 FinetuneReport finetune(const FinetuneOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
   check_options(options);
   check_out(options);
-  return Finetune(options, plugins, progress).run();
+  return Finetune(with_found_schedule(options, plugins, progress), plugins, progress).run();
 }
 
 DryRunReport finetune_dry_run(const FinetuneOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
   check_options(options);
-  return Finetune(options, plugins, progress).dry_run();
+  return Finetune(with_found_schedule(options, plugins, progress), plugins, progress).dry_run();
 }
 
 }  // namespace pyra::tasks

@@ -50,6 +50,8 @@ struct FinetuneReport {
   int threads = 0;
   int64_t device_memory_bytes = 0;  ///< of the last training on a GPU; 0 on the CPU
   bool resumed = false;
+  std::string processor;  ///< the CPU's or GPU's own name; empty in reports written before it was kept
+  std::string pyractl_version, libtorch_version;
 };
 
 /// Trains, evaluates, and leaves a run folder: run.toml, metrics.jsonl, checkpoint/, adapter/, report.json.
@@ -67,6 +69,8 @@ struct FinetuneReport {
 
 /// A JSON document: what report.json holds and --json prints.
 [[nodiscard]] std::string to_json(const FinetuneReport& report);
+/// A report.json back; Error(input) naming file and key where one is missing or makes no sense.
+[[nodiscard]] FinetuneReport read_finetune_report(const std::filesystem::path& path);
 
 struct DryRunReport {
   std::string arch, merge, peft, device, dtype, protocol;

@@ -25,7 +25,7 @@ void flatten(const toml::table& table, const std::string& prefix, std::map<std::
 
 /// Keys that may differ: where things lie, and how often a run is saved.
 bool is_free(const std::string& key) {
-  static const std::set<std::string> free{"model", "data", "out", "train.checkpoint_every"};
+  static const std::set<std::string> free{"model", "data", "out", "train.checkpoint_every", "train.teacher"};
   return free.contains(key);
 }
 

@@ -15,6 +15,17 @@ at::ScalarType compute_type(engine::Precision precision) {
   fail(ExitCode::usage, "dtype ", engine::precision_name(precision), ": the CPU trains in fp32 or bf16");
 }
 
+at::Tensor loss_of(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& teacher,
+                   const engine::Distillation& distillation) {
+  if (!teacher.defined()) return at::cross_entropy_loss(logits, labels);
+  const double t = distillation.temperature, weight = distillation.weight;
+  const at::Tensor divergence =
+      at::kl_div((logits / t).log_softmax(1), (teacher / t).log_softmax(1), at::Reduction::Sum, /*log_target=*/true) *
+      (t * t / double(logits.size(0)));
+  if (weight == 1) return divergence;
+  return (1 - weight) * at::cross_entropy_loss(logits, labels) + weight * divergence;
+}
+
 }  // namespace
 
 CpuTrainer::CpuTrainer(nn::Vit& model, const engine::TrainingImages& images, const nn::Preprocess& preprocess,
@@ -38,7 +49,7 @@ void CpuTrainer::step(const engine::TrainStep& step) {
                                                                       .compute = compute_type(options_.precision),
                                                                       .drop_path = options_.drop_path,
                                                                       .random = {options_.seed, step.number}});
-  const at::Tensor loss = at::cross_entropy_loss(logits, labels);
+  const at::Tensor loss = loss_of(logits, labels, step.teacher, options_.distillation);
   sums_.last_loss = loss.item<double>();
   sums_.last_norm = 0;
   if (std::isfinite(sums_.last_loss)) {

@@ -31,7 +31,8 @@ std::unique_ptr<engine::Trainer> make_trainer(nn::Vit& model, const data::ImageS
                                        .adamw = settings.adamw,
                                        .drop_path = settings.drop_path,
                                        .seed = settings.seed,
-                                       .batch = std::min(settings.batch, count)};
+                                       .batch = std::min(settings.batch, count),
+                                       .distillation = settings.distillation};
   if (settings.device != "cpu") return engine::make_cuda_trainer(model, set, preprocess, options);
   return std::make_unique<CpuTrainer>(model, set, preprocess, options);
 }
@@ -73,11 +74,13 @@ engine::TrainStep Loop::next_step() {
                          .lr = rate(settings_.schedule.peak),
                          .merge_lr = 0,
                          .indices = {order_.begin() + begin, order_.begin() + begin + images_per_step()},
-                         .images = {}};
+                         .images = {},
+                         .teacher = {}};
   step.merge_lr = settings_.merge_lr > 0 ? rate(settings_.merge_lr) : step.lr;
   if (settings_.augment.hflip || settings_.augment.random_resized_crop)
     step.images =
         data::make_batch(images_, step.indices, preprocess_, settings_.augment, settings_.seed, position_.epoch).images;
+  if (settings_.teacher) step.teacher = settings_.teacher(step);
   return step;
 }
 
@@ -148,29 +151,11 @@ void Loop::settle() {
 }
 
 sdk::TensorMap Loop::state() const {
-  sdk::TensorMap state;
-  for (const engine::TrainedTensor& t : trainer_->tensors()) {
-    state["value." + t.name] = t.value.detach();
-    state["first." + t.name] = t.first;
-    state["second." + t.name] = t.second;
-  }
-  return state;
+  return trained_state(trainer_->tensors());
 }
 
 void Loop::restore(const Position& position, const sdk::TensorMap& state, const std::string& where) {
-  sdk::TensorMap mine = Loop::state();
-  for (auto& [name, target] : mine) {
-    const auto found = state.find(name);
-    if (found == state.end()) fail(ExitCode::input, where, ": tensor '", name, "' is missing");
-    if (found->second.sizes() != target.sizes() || found->second.scalar_type() != at::kFloat) {
-      fail(ExitCode::input, where, ": tensor '", name, "' is ", found->second.scalar_type(), " ", found->second.sizes(),
-           ", this run needs fp32 ", target.sizes());
-    }
-  }
-  if (mine.size() != state.size()) {
-    fail(ExitCode::input, where, ": holds ", state.size(), " tensors, this run has ", mine.size());
-  }
-  for (auto& [name, target] : mine) target.copy_(state.find(name)->second);
+  restore_trained(trainer_->tensors(), state, where);
   trainer_->take_over();
   position_ = position;
 }

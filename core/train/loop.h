@@ -5,6 +5,7 @@
 // as if it had never stopped (same number of threads).
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -28,6 +29,9 @@ struct LoopSettings {
   uint64_t seed = 0;
   std::string device = "cpu";  ///< "cpu" or "cuda:INDEX"
   engine::Precision precision = engine::Precision::fp32;
+  engine::Distillation distillation{};
+  /// A teacher's logits for a step's images (of TrainStep::indices, or TrainStep::images where those are there).
+  std::function<at::Tensor(const engine::TrainStep&)> teacher{};
 };
 
 /// Where a run stands: with the tensors, all it needs to go on.

@@ -105,7 +105,10 @@ Recipe random_recipe(uint64_t seed) {
                   .hflip = draw.coin(),
                   .random_resized_crop = draw.coin(),
                   .checkpoint_every = int64_t(draw.below(1000)),
-                  .eval_every = int64_t(draw.below(1000))};
+                  .eval_every = int64_t(draw.below(1000)),
+                  .teacher = draw.text(),
+                  .teacher_weight = double(1 + draw.below(1000)) / 1000,
+                  .teacher_temperature = 0.5 + double(draw.below(100))};
   for (uint64_t n = draw.below(3); n-- > 0;) recipe.train.lr.push_back(draw.positive());
   recipe.peft = draw.plugin();
   recipe.merge = draw.plugin();

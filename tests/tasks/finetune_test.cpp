@@ -339,3 +339,19 @@ TEST_CASE("ctrl-C and SIGTERM save within a step and name the command that goes 
   REQUIRE(test::pyractl(unbroken).exit_code == 0);
   CHECK(task.adapter_bytes("run") == task.adapter_bytes("unbroken"));
 }
+
+TEST_CASE("a schedule that names its goal becomes counts before training, and stays what it became", "[finetune]") {
+  const TinyTask task;
+  const auto report = task.finetune("run", {"merge.schedule=macs:0.8", "train.epochs=2"});
+  const io::Recipe resolved = io::read_recipe(task.folder / "run/run.toml", {});
+  CHECK(resolved.schedule.find(',') != std::string::npos);
+  const double dense = double(nn::count_macs(test::tiny_config()));
+  CHECK(double(report.macs) <= 0.8 * dense);
+  CHECK(double(report.macs) > 0.65 * dense);  // 17 tokens, two blocks: one is worth a lot
+  // Asked for the goal again, a resumed run keeps its counts.
+  CHECK(task.finetune("run", {"merge.schedule=macs:0.8", "train.epochs=2"}, true).merge == report.merge);
+  check_error(ExitCode::usage, {"macs:"}, [&] { (void)task.finetune("no", {"merge.schedule=macs:none"}); });
+  check_error(ExitCode::usage, {"merge.name"}, [&] {
+    (void)task.finetune("no", {"merge.name=none", "merge.schedule=macs:0.8"});
+  });
+}

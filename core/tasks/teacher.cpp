@@ -1,0 +1,69 @@
+#include "tasks/teacher.h"
+
+#include <ATen/Functions.h>
+
+#include "base/error.h"
+#include "tasks/run_model.h"
+#include "tasks/tuned_model.h"
+
+namespace pyra::tasks {
+namespace {
+
+constexpr int64_t kBatch = 64;
+
+void check_pupil(const io::ModelFile& teacher, const io::ModelFile& student, const std::string& where, bool augmented) {
+  const auto& [t, s] = std::tie(teacher.config, student.config);
+  if (t.num_classes != s.num_classes)
+    fail(ExitCode::usage, where, ": tells ", t.num_classes, " classes apart, the data has ", s.num_classes);
+  const auto &names = teacher.class_names, &wanted = student.class_names;
+  if (!names.empty() && !wanted.empty() && !are_numbered(names) && !are_numbered(wanted) && names != wanted)
+    fail(ExitCode::usage, where, ": was trained for other classes, or in another order, than the data's");
+  const nn::Preprocess &p = teacher.preprocess, &q = student.preprocess;
+  if (p.size != q.size || p.mode != q.mode || (p.mode == nn::ResizeMode::crop && p.shorter != q.shorter))
+    fail(ExitCode::usage, where, ": sees images of ", p.size, " px, prepared otherwise than the student's of ", q.size,
+         " px; both have to see the same image (preprocess.size, preprocess.resize)");
+  if (augmented && (p.mean != q.mean || p.std != q.std))
+    fail(ExitCode::usage, where,
+         ": normalises images otherwise than the student; with augmentation both see one image:",
+         " set preprocess.mean and preprocess.std to the teacher's, or train without hflip and random_resized_crop");
+}
+
+}  // namespace
+
+Teacher::Teacher(const io::Recipe& recipe, const io::ModelFile& student, const std::string& device,
+                 const host::PluginRegistry& plugins)
+    : model_(load_model(recipe.train.teacher, plugins)),
+      augmented_(recipe.train.hflip || recipe.train.random_resized_crop) {
+  const std::string where = cat("train.teacher '", recipe.train.teacher, "'");
+  if (device != "cpu")
+    fail(ExitCode::usage, where, ": only the CPU trains with a teacher in this version; --device cpu");
+  check_pupil(model_.file, student, where, augmented_);
+  engine_ = make_engine(model_, device, resolve_precision("auto", device));
+}
+
+Teacher::~Teacher() = default;
+
+at::Tensor Teacher::look(const at::Tensor& images) {
+  std::vector<at::Tensor> logits;
+  for (int64_t i = 0; i < images.size(0); i += kBatch) {
+    stop_if_asked("the teacher's look at the images");
+    logits.push_back(engine_->run(images.narrow(0, i, std::min(kBatch, images.size(0) - i)).contiguous()));
+  }
+  return at::cat(logits);
+}
+
+std::function<at::Tensor(const engine::TrainStep&)> Teacher::over(const data::ImageSet& set) {
+  if (augmented_) return [this](const engine::TrainStep& step) { return look(step.images); };
+  return [table = look(set.images)](const engine::TrainStep& step) {
+    return table.index_select(0, at::tensor(step.indices, at::kLong));
+  };
+}
+
+std::string Teacher::identity() const {
+  sdk::TensorMap tensors = model_.file.weights;
+  if (const auto& merge = model_.file.merge)
+    for (const auto& [name, tensor] : merge->learned) tensors.emplace("merge." + name, tensor);
+  return fingerprint(tensors);
+}
+
+}  // namespace pyra::tasks
