@@ -50,6 +50,20 @@ void print_table(std::ostream& out, const std::vector<std::vector<std::string>>&
   }
 }
 
+/// The way of a batch of files: throughput stands in the table, this is what it is made of.
+void print_end_to_end(std::ostream& out, const tasks::BenchRow& row, int64_t threads) {
+  out << row.name << ": latency of a batch " << rate(tasks::quantile(row.latency_ms, 0.5)) << " ms (half of them), "
+      << rate(tasks::quantile(row.latency_ms, 0.99)) << " ms (99%)\n";
+  std::vector<std::vector<std::string>> lines{{"  stage", "ms a batch", "of one thread", "images/s it allows"}};
+  for (const engine::Stage& stage : row.profile) {
+    // Files are decoded on all threads; the engine's time is of them all already.
+    const double ms = stage.calls > 1 || stage.name != "compute" ? stage.ms / double(threads) : stage.ms;
+    lines.push_back({"  " + stage.name, rate(ms), stage.name == "compute" ? "" : rate(stage.ms) + " ms",
+                     rate(1e3 * double(row.batch) / ms)});
+  }
+  print_table(out, lines);
+}
+
 void print_profile(std::ostream& out, const tasks::BenchRow& row) {
   if (row.profile.empty()) return;
   double all = 0;
@@ -86,7 +100,8 @@ void print_report(std::ostream& out, const tasks::BenchReport& report) {
     slower |= row.slower_than_dense;
   }
   print_table(out, lines);
-  for (const tasks::BenchRow& row : report.rows) print_profile(out, row);
+  for (const tasks::BenchRow& row : report.rows)
+    row.latency_ms.empty() ? print_profile(out, row) : print_end_to_end(out, row, machine.threads);
   out << "medians of " << report.rows.front().real_ms.size() << " interleaved repetitions; MACs of one image\n";
   if (slower) out << "A merge that is slower than the dense model costs accuracy and buys nothing here.\n";
 }
@@ -183,6 +198,11 @@ void add_what(CLI::App& command, tasks::BenchSettings& settings) {
       ->type_name("M,...")
       ->check(CLI::IsMember({"infer", "train"}))
       ->capture_default_str();
+  command.add_flag_callback(
+      "--end-to-end", [&settings] { settings.modes = {"e2e"}; },
+      "From image files to labels: throughput, latency, and what each stage takes");
+  command.add_option("--data", settings.data, "With --end-to-end: the files (folder or .tar)")->type_name("D");
+  command.add_option("--split", settings.split, "... and their split")->type_name("NAME")->capture_default_str();
   command.add_option("--batch", settings.batches, "Images at once, a row each")
       ->delimiter(',')
       ->type_name("N,...")
@@ -248,6 +268,7 @@ Examples:
   pyractl bench --arch vit_base_patch16_224 --merge pyra --schedule high --mode train
   pyractl bench --arch vit_tiny_patch16_224 --merge tome --schedule high --json > base.json
   pyractl bench --compare base.json --max-regress 3%
+  pyractl bench vit.safetensors --end-to-end --data task.tar --batch 1,32
   pyractl bench --arch vit_tiny_patch16_224 --against /opt/pyra-1.0/bin/pyractl)");
   command->callback([&session, options, command] {
     session.action = [&session, options, command] { return run(session, *options, *command); };

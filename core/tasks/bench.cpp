@@ -122,7 +122,11 @@ void check(const BenchSettings& settings) {
   if (settings.merge.empty() != settings.schedule.empty())
     fail(ExitCode::usage, "bench: --merge and --schedule go together: --merge tome --schedule high");
   for (const std::string& mode : settings.modes)
-    if (mode != "infer" && mode != "train") fail(ExitCode::usage, "bench: mode '", mode, "', expected infer or train");
+    if (mode != "infer" && mode != "train" && mode != "e2e")
+      fail(ExitCode::usage, "bench: mode '", mode, "', expected infer, train or e2e");
+  const bool end_to_end = std::find(settings.modes.begin(), settings.modes.end(), "e2e") != settings.modes.end();
+  if (end_to_end == settings.data.empty())
+    fail(ExitCode::usage, "bench: --end-to-end and --data go together: files to read, and what to do with them");
   for (const int64_t batch : settings.batches)
     if (batch < 1 || batch > kMaxBenchBatch)
       fail(ExitCode::usage, "bench: batch ", batch, ", expected 1 to ", kMaxBenchBatch);
@@ -167,6 +171,7 @@ BenchReport run_bench(const BenchSettings& asked, const host::PluginRegistry& pl
   if (!on_gpu) report.control_ms = std::move(control_ms);  // how fast the CPU is says nothing of a GPU
   for (BenchSubject& subject : subjects) {
     if (subject.profile) subject.row.profile = subject.profile();
+    if (subject.latency_ms) subject.row.latency_ms = subject.latency_ms();
     report.rows.push_back(std::move(subject.row));
   }
   mark_slower_than_dense(report.rows);

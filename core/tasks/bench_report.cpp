@@ -38,10 +38,15 @@ double deviation(const std::vector<double>& values) {
 }
 
 json settings_json(const BenchSettings& s) {
-  return {{"model", s.model},       {"arch", s.arch},         {"merge", s.merge},     {"schedule", s.schedule},
-          {"peft", s.peft},         {"modes", s.modes},       {"batches", s.batches}, {"device", s.device},
-          {"dtype", s.dtype},       {"threads", s.threads},   {"set", s.set},         {"repetitions", s.repetitions},
-          {"min_time", s.min_time}, {"max_time", s.max_time}, {"warmup", s.warmup}};
+  return {{"model", s.model},       {"arch", s.arch},
+          {"merge", s.merge},       {"schedule", s.schedule},
+          {"data", s.data},         {"split", s.split},
+          {"peft", s.peft},         {"modes", s.modes},
+          {"batches", s.batches},   {"device", s.device},
+          {"dtype", s.dtype},       {"threads", s.threads},
+          {"set", s.set},           {"repetitions", s.repetitions},
+          {"min_time", s.min_time}, {"max_time", s.max_time},
+          {"warmup", s.warmup}};
 }
 
 json context_json(const BenchReport& report) {
@@ -127,6 +132,8 @@ void append_row(json& benchmarks, const BenchRow& row, size_t family, int64_t th
                                             {"ms", number(stage.ms)},
                                             {"bytes", number(stage.bytes)},
                                             {"operations", number(stage.operations)}});
+  for (const auto& [name, share] : {std::pair("latency_p50_ms", 0.5), std::pair("latency_p99_ms", 0.99)})
+    if (!row.latency_ms.empty()) benchmarks.back()[name] = number(quantile(row.latency_ms, share));
   aggregate("mean", "time", mean);
   aggregate("stddev", "time", deviation);
   aggregate("cv", "percentage", [](const std::vector<double>& values) { return deviation(values) / mean(values); });
@@ -160,6 +167,8 @@ BenchSettings settings_from(const JsonFields& fields) {
   s.schedule = fields.string("schedule");
   s.peft = fields.string("peft");
   s.modes = fields.strings("modes");
+  if (fields.has("data")) s.data = fields.string("data");
+  if (fields.has("split")) s.split = fields.string("split");
   s.batches = fields.integers("batches");
   s.device = fields.string("device");
   s.dtype = fields.string("dtype");
@@ -219,7 +228,7 @@ void add_repetition(std::vector<BenchRow>& rows, std::map<std::string, size_t>& 
 
 std::string dense_name(const std::string& row_name) {
   std::vector<std::string> parts = split(row_name, '/');
-  if (parts.size() != 6 || (parts[0] != "infer" && parts[0] != "train")) return "";
+  if (parts.size() != 6 || (parts[0] != "infer" && parts[0] != "train" && parts[0] != "e2e")) return "";
   const size_t plus = parts[2].find('+');
   parts[2] = "dense" + (plus == std::string::npos ? "" : parts[2].substr(plus));
   return join(parts, "/");

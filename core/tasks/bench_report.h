@@ -18,7 +18,8 @@ struct BenchSettings {
   std::string merge;  ///< merge plugin beside the dense model; "": the one the file carries, if any
   std::string schedule;
   std::string peft = "lora";                ///< of training rows; inference is measured as deployed, without
-  std::vector<std::string> modes{"infer"};  ///< "infer", "train"
+  std::vector<std::string> modes{"infer"};  ///< "infer", "train", "e2e": from encoded files to labels
+  std::string data, split = "test";         ///< e2e: the files
   std::vector<int64_t> batches{32};
   std::string device = "auto", dtype = "auto";
   int64_t threads = 0;           ///< 0: as the process was told
@@ -56,7 +57,8 @@ struct BenchMachine {
 
 /// One configuration. Times are milliseconds per iteration, an iteration is one batch.
 struct BenchRow {
-  std::string name{};  ///< infer|train/<arch>[@resolution]/<merge>-<schedule>|dense[+peft]/<device>/<dtype>/b<batch>
+  std::string
+      name{};  ///< infer|train|e2e/<arch>[@resolution]/<merge>-<schedule>|dense[+peft]/<device>/<dtype>/b<batch>
   int64_t batch = 1;
   int64_t iterations = 0;                   ///< in each repetition
   std::vector<double> real_ms{}, cpu_ms{};  ///< one entry a repetition, in the order taken; cpu: all threads together
@@ -65,7 +67,9 @@ struct BenchRow {
   std::optional<int64_t> trained_params{};  ///< training rows
   int64_t peak_memory_bytes = 0;            ///< what BenchReport::peak_memory says
   bool slower_than_dense = false;
-  std::vector<engine::Stage> profile{};  ///< where a pass spends its time, if asked for and on a GPU
+  /// Where a pass spends its time, if asked for and on a GPU; of an e2e row always, a stage each (bench_end_to_end.h).
+  std::vector<engine::Stage> profile{};
+  std::vector<double> latency_ms{};  ///< e2e: of batches, from the first file read to the labels
 };
 
 struct BenchReport {

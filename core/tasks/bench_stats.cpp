@@ -15,15 +15,6 @@ constexpr double kMadToSigma = 1.4826;
 constexpr double kIqrToSigma = 1 / 1.349;
 constexpr double kMaxCorrelation = 0.8;
 
-// Linear between order statistics, as numpy.quantile.
-double quantile(std::vector<double> values, double probability) {
-  std::sort(values.begin(), values.end());
-  const double position = probability * double(values.size() - 1);
-  const size_t below = size_t(position);
-  const size_t above = std::min(below + 1, values.size() - 1);
-  return values[below] + (position - double(below)) * (values[above] - values[below]);
-}
-
 double median_deviation(std::span<const double> values, double centre) {
   std::vector<double> deviations;
   deviations.reserve(values.size());
@@ -49,7 +40,16 @@ double neighbour_correlation(std::span<const double> values, double centre, doub
 }  // namespace
 
 double median(std::span<const double> values) {
-  return quantile({values.begin(), values.end()}, 0.5);
+  return quantile(values, 0.5);
+}
+
+double quantile(std::span<const double> values, double share) {
+  std::vector<double> sorted(values.begin(), values.end());
+  std::sort(sorted.begin(), sorted.end());
+  const double position = share * double(sorted.size() - 1);
+  const size_t below = size_t(position);
+  const size_t above = std::min(below + 1, sorted.size() - 1);
+  return sorted[below] + (position - double(below)) * (sorted[above] - sorted[below]);
 }
 
 double relative_spread(std::span<const double> values) {

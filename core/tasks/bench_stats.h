@@ -8,6 +8,9 @@ namespace pyra::tasks {
 /// Middle value; mean of the two middle ones for an even count. `values` must not be empty.
 [[nodiscard]] double median(std::span<const double> values);
 
+/// Below it lie `share` (0 to 1) of the values; linear between order statistics, as numpy.quantile. Not for no values.
+[[nodiscard]] double quantile(std::span<const double> values, double share);
+
 /// Spread relative to the median: 1.4826 * median(|x - median|) / median, which is the coefficient of variation
 /// for normal values and does not see a few outliers. 0 for fewer than two values.
 [[nodiscard]] double relative_spread(std::span<const double> values);

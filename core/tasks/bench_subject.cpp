@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "base/philox.h"
 #include "tasks/assemble.h"
+#include "tasks/bench_end_to_end.h"
 #include "tasks/run_model.h"
 #include "train/loop.h"
 
@@ -184,20 +185,23 @@ std::vector<BenchSubject> make_subjects(const BenchSettings& settings, const hos
   for (const std::string& mode : settings.modes) {
     // Training has models of its own: it changes them.
     const auto models = make_models(settings, asked, plugins);
-    const bool training = mode == "train";
+    const bool training = mode == "train", end_to_end = mode == "e2e";
+    const auto dataset = end_to_end ? std::make_shared<data::Dataset>(data::Dataset::open(settings.data)) : nullptr;
     if (training)
       for (const auto& model : models) attach_asked_peft(*model, settings, asked, plugins);
     std::vector<std::shared_ptr<InferenceScene>> scenes;
     for (const auto& model : models) {
       scenes.push_back(std::make_shared<InferenceScene>(InferenceScene{model, nullptr}));
-      if (!training)
+      if (mode == "infer")
         scenes.back()->engine =
             make_engine(*model, settings.device, resolve_precision(settings.dtype, settings.device));
     }
     for (const int64_t batch : settings.batches)
       for (const auto& scene : scenes)
-        subjects.push_back(training ? train_subject(scene->model, settings, batch)
-                                    : infer_subject(scene, settings, batch));
+        subjects.push_back(training     ? train_subject(scene->model, settings, batch)
+                           : end_to_end ? end_to_end_subject(scene->model, dataset, settings,
+                                                             describe(*scene->model, mode, settings, batch))
+                                        : infer_subject(scene, settings, batch));
   }
   return subjects;
 }

@@ -91,6 +91,43 @@ TEST_CASE("training rows count what trains and name the method where it is not l
                                                "train/vit_ti_patch16_64/pyra-2+bitfit/cpu/fp32/b2"});
 }
 
+TEST_CASE("bench --end-to-end goes from files to labels", "[bench]") {
+  const Workshop shop;
+  const std::string line =
+      "bench model.safetensors --merge tome --schedule 3 --end-to-end --data task --batch 1,4 "
+      "--dtype fp32 --repetitions 3 --min-time 0.001 --warmup 2 ";
+  const json document = json_of(shop, line);
+  CHECK(names(document) ==
+        std::set<std::string>{"e2e/vit_test_patch4_16/dense/cpu/fp32/b1", "e2e/vit_test_patch4_16/tome-3/cpu/fp32/b1",
+                              "e2e/vit_test_patch4_16/dense/cpu/fp32/b4", "e2e/vit_test_patch4_16/tome-3/cpu/fp32/b4"});
+  size_t medians = 0;
+  for (const json& row : document["benchmarks"]) {
+    if (row["run_type"] == "iteration" || row["aggregate_name"] != "median") continue;
+    ++medians;
+    CHECK(row["latency_p99_ms"] >= row["latency_p50_ms"]);
+    CHECK(row["latency_p50_ms"] > 0.0);
+    std::vector<std::string> stages;
+    for (const json& stage : row["profile"]) {
+      stages.push_back(stage["step"]);
+      CHECK(stage["ms"] > 0.0);
+    }
+    CHECK(stages == std::vector<std::string>{"read", "decode", "resize", "compute"});
+  }
+  CHECK(medians == 4);
+  const RunResult table = in(shop, line);
+  for (const char* part : {"latency of a batch", "decode", "images/s it allows"})
+    CHECK_THAT(table.out, Catch::Contains(part));
+  write_bytes(shop / "base.json", document.dump());
+  CHECK(in(shop, "bench --compare base.json base.json").exit_code != 2);
+  const std::string start = "bench model.safetensors --end-to-end ";
+  for (const Refusal& refusal : std::vector<Refusal>{{start, 2, {"--data"}},
+                                                     {"bench model.safetensors --data task", 2, {"--end-to-end"}},
+                                                     {start + "--data none", 3, {"none"}},
+                                                     {start + "--data task --split tset", 3, {"tset", "test"}},
+                                                     {start + "--data task --batch 7", 3, {"6 images", "7"}}})
+    check_refusal(shop, refusal);
+}
+
 TEST_CASE("bench prints a table with the speed-up", "[bench]") {
   const Workshop shop;
   const RunResult result = in(shop, kSmall + kShort + "--merge tome --schedule 2 --batch 1 ");
