@@ -4,6 +4,7 @@
 #include <iomanip>
 #include <numeric>
 
+#include "base/error.h"
 #include "base/text.h"
 #include "command.h"
 #include "io/json.h"
@@ -60,6 +61,7 @@ json to_json(const tasks::ModelFacts& model) {
                 {"tokens", model.tokens},
                 {"pool", model.pool},
                 {"distilled", model.distilled},
+                {"registers", model.registers},
                 {"preprocess", {{"resize", model.resize}, {"mean", model.mean}, {"std", model.std}}},
                 {"class_names", model.class_names},
                 {"params", model.parameters},
@@ -67,6 +69,7 @@ json to_json(const tasks::ModelFacts& model) {
                 {"macs", model.macs ? json(*model.macs) : json(nullptr)},
                 {"merge", model.merge ? to_json(*model.merge) : json(nullptr)},
                 {"provenance", model.provenance}};
+  if (!model.peft.empty()) document["peft"] = {{"name", model.peft}, {"trained_elements", model.peft_elements}};
   document["tensors"] = to_json(model.file)["tensors"];
   return document;
 }
@@ -133,7 +136,9 @@ void print(std::ostream& out, const tasks::MergeFacts& merge) {
 
 void print(std::ostream& out, const tasks::ModelFacts& model) {
   out << "model       " << (model.arch.empty() ? "vision transformer" : model.arch)
-      << (model.distilled ? ", distilled" : "") << "\n"
+      << (model.distilled ? ", distilled" : "");
+  if (model.registers) out << ", " << model.registers << " register tokens";
+  out << "\n"
       << "input       " << model.image_size << " px (" << model.resize << "), patches of " << model.patch_size << ", "
       << model.tokens << " tokens; mean " << model.mean[0] << " " << model.mean[1] << " " << model.mean[2] << ", std "
       << model.std[0] << " " << model.std[1] << " " << model.std[2] << "\n"
@@ -148,6 +153,8 @@ void print(std::ostream& out, const tasks::ModelFacts& model) {
   if (model.merge) out << " (dense " << grouped(model.dense_macs) << ")";
   out << "\n";
   if (model.merge) print(out, *model.merge);
+  if (!model.peft.empty())
+    out << "peft        " << model.peft << ", " << grouped(model.peft_elements) << " trained parameters\n";
   for (const auto& [key, value] : model.provenance) out << std::left << std::setw(12) << key << value << "\n";
   out << "(--json lists every tensor)\n";
 }
@@ -200,21 +207,33 @@ void add_inspect(CLI::App& root, Session& session) {
   CLI::App* command =
       add_command(root, session, "inspect", "Say what a file is: model, run folder, data set, plugin ...");
   const auto path = std::make_shared<std::filesystem::path>();
-  command->add_option("FILE", *path, "Model or any .safetensors, run folder, data set, recipe, image, plugin")
-      ->required()
-      ->type_name("");
+  const auto question = std::make_shared<tasks::ArchQuestion>();
+  CLI::Option* file =
+      command->add_option("FILE", *path, "Model or any .safetensors, run folder, data set, recipe, image, plugin")
+          ->type_name("");
+  CLI::Option* arch = command->add_option("--arch", question->arch, "An architecture by timm's name, instead of a file")
+                          ->type_name("NAME");
+  file->excludes(arch);
+  CLI::Option* schedule =
+      command->add_option("--schedule", question->schedule, "As compress takes it")->type_name("S")->needs(arch);
+  command->add_option("--merge", question->merge, "With this merger")->type_name("NAME")->needs(arch)->needs(schedule);
+  command->add_option("--peft", question->peft, "With this PEFT method")->type_name("NAME")->needs(arch);
   command->footer(R"(
 Examples:
   pyractl inspect vit.safetensors
   pyractl inspect runs/first --json
-  pyractl inspect task.tar)");
-  command->callback([&session, path] {
-    session.action = [&session, path] {
-      const tasks::Inspection facts = tasks::inspect(*path, session.plugins());
+  pyractl inspect task.tar
+  pyractl inspect --arch vit_base_patch16_224 --merge pyra --schedule high --peft lora)");
+  command->callback([&session, path, question] {
+    session.action = [&session, path, question] {
+      if (path->empty() && question->arch.empty()) fail(ExitCode::usage, "a file or --arch NAME is expected");
+      question->set = session.globals.set;
+      const tasks::Inspection facts =
+          path->empty() ? tasks::inspect_arch(*question, session.plugins()) : tasks::inspect(*path, session.plugins());
       json document = std::visit([](const auto& known) { return to_json(known); }, facts);
-      document["path"] = path->string();
+      if (!path->empty()) document["path"] = path->string();
       session.print(document, [&](std::ostream& out) {
-        out << path->string() << "\n";
+        if (!path->empty()) out << path->string() << "\n";
         std::visit([&](const auto& known) { print(out, known); }, facts);
       });
       return 0;

@@ -1,13 +1,11 @@
 """The working half of accuracy.sh: runs pyractl, and makes a table of means and paired differences."""
 import argparse
-import concurrent.futures
-import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
+
+from runs import named, pyractl, read_rows, run_all, sets
 
 # name: (PEFT method, merger, schedule). ToMe "untrained" is the dense LoRA model merged without training.
 METHODS = {
@@ -29,14 +27,6 @@ T95 = [0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045]  # fmt: skip
 
 
-def pyractl(*arguments):
-    command = [os.environ["PYRACTL"], *map(str, arguments), "--json", "--quiet"]
-    answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {answer.returncode}: {answer.stderr.strip()}")
-    return json.loads(answer.stdout)
-
-
 def row(model, task, seed, method, report, **more):
     return {"model": model, "task": task, "seed": seed, "method": method, "top1": report["top1"],
             "images": report["images"], **more}  # fmt: skip
@@ -55,7 +45,7 @@ def train(options, model, file, task, data, method, seed):
     recipe = options.out / "recipe.toml"
     goes_on = ["--resume"] if (run / "run.toml").exists() else []
     report = pyractl("finetune", "--recipe", recipe, "--model", file, "--data", data, "--out", run, "--device",
-                     options.device, *goes_on, *[word for s in settings for word in ("--set", s)])  # fmt: skip
+                     options.device, *goes_on, *sets(settings))  # fmt: skip
     rows = [row(model, task, seed, method, {"top1": report["accuracy"], "images": report["test_images"]},
                 train_seconds=report["train_seconds"], images_per_second=report["images_per_second"],
                 dtype=report["dtype"], device=report["device"], epochs=options.epochs, lr=options.lr,
@@ -108,12 +98,6 @@ def table(rows, models, tasks):
     return "\n".join(lines) + "\n"
 
 
-def named(text):
-    """"ti=FILE,s=FILE" or "FILE,FILE" as {name: path}; a file's name without its ending is its name."""
-    pairs = [part.split("=", 1) if "=" in part else (Path(part).stem, part) for part in text.split(",")]
-    return {name: Path(path) for name, path in pairs}
-
-
 def main():
     parser = argparse.ArgumentParser(prog="accuracy.sh", description=__doc__)
     parser.add_argument("--models", type=named, required=True, metavar="NAME=FILE,…")
@@ -131,26 +115,13 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "recipe.toml").write_text('protocol = "vtab"\n')
     log = options.out / "results.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = read_rows([log] if log.exists() else [])
     done = {(r["model"], r["task"], r["seed"], r["method"]) for r in rows}
     jobs = [(model, file, task, data, method, int(seed)) for seed in options.seeds.split(",")
             for task, data in options.data.items() for model, file in options.models.items()
             for method in options.methods.split(",,")
             if (model, task, int(seed), method) not in done]  # fmt: skip
-    failed = 0
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, log.open("a") as out:
-        for future in concurrent.futures.as_completed(pool.submit(train, options, *job) for job in jobs):
-            try:
-                found = future.result()
-            except RuntimeError as error:
-                failed += 1
-                print(f"accuracy.sh: {error}", file=sys.stderr)
-                continue
-            for new in found:
-                rows.append(new)
-                print(json.dumps(new), file=out, flush=True)
-                print(f"{new['model']} {new['task']} {new['method']} seed {new['seed']}: {100 * new['top1']:.1f} %",
-                      file=sys.stderr)  # fmt: skip
+    failed = run_all("accuracy.sh", lambda *job: train(options, *job), jobs, options.jobs, log, rows)
     text = table(rows, options.models, options.data)
     (options.out / "table.md").write_text(text)
     print(text)

@@ -39,11 +39,12 @@ step compress "$out/dense.safetensors" --merge diffrate --schedule $counts --out
 
 echo
 for model in dense pyra tome diffrate; do
-  measure "$out/$model.eval.json" eval "$out/$model.safetensors" --data $data
+  measure "$out/$model.eval.json" eval "$out/$model.safetensors" --data $data --predictions "$out/$model.csv"
 done
 echo
 for model in dense pyra tome diffrate; do
   measure "$out/$model.bench.json" bench "$out/$model.safetensors" --batch 32 --max-time 5
 done
 
+step report "$out/run_dense" "$out/run_pyra" --predictions "$out/pyra.csv" --out "$out/report.html"
 python3 recipes/demo/table.py "$out" | tee "$out/table.txt"

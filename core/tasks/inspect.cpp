@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <fstream>
+#include <numeric>
 
 #include "base/error.h"
 #include "data/dataset.h"
@@ -9,6 +10,7 @@
 #include "io/atomic_file.h"
 #include "io/hf_model.h"
 #include "io/model_file.h"
+#include "io/npz.h"
 #include "io/recipe.h"
 #include "io/safetensors.h"
 #include "nn/config.h"
@@ -74,13 +76,10 @@ MergeFacts merge_facts(const io::ModelFile& model, const host::PluginRegistry& p
   return facts;
 }
 
-ModelFacts model_facts(const std::filesystem::path& path, TensorFile file, const host::PluginRegistry& plugins) {
-  const io::ModelFile model = io::read_model(path);
-  const nn::VitConfig& config = model.config;
+ModelFacts config_facts(const nn::VitConfig& config) {
   ModelFacts facts;
   facts.arch = config.arch;
   facts.pool = config.pool == nn::Pool::avg ? "avg" : "token";
-  facts.resize = model.preprocess.mode == nn::ResizeMode::crop ? "crop" : "squash";
   facts.image_size = config.image_size;
   facts.patch_size = config.patch_size;
   facts.embed_dim = config.embed_dim;
@@ -90,11 +89,20 @@ ModelFacts model_facts(const std::filesystem::path& path, TensorFile file, const
   facts.num_classes = config.num_classes;
   facts.tokens = config.tokens();
   facts.distilled = config.distilled;
+  facts.registers = config.registers;
+  facts.dense_macs = nn::count_macs(config);
+  return facts;
+}
+
+ModelFacts model_facts(const std::filesystem::path& path, TensorFile file, const host::PluginRegistry& plugins) {
+  const io::ModelFile model = io::read_model(path);
+  const nn::VitConfig& config = model.config;
+  ModelFacts facts = config_facts(config);
+  facts.resize = model.preprocess.mode == nn::ResizeMode::crop ? "crop" : "squash";
   facts.mean.assign(model.preprocess.mean.begin(), model.preprocess.mean.end());
   facts.std.assign(model.preprocess.std.begin(), model.preprocess.std.end());
   facts.class_names = model.class_names;
   for (const auto& [name, tensor] : model.weights) facts.parameters += tensor.numel();
-  facts.dense_macs = nn::count_macs(config);
   if (model.merge) {
     facts.merge = merge_facts(model, plugins, path.string() + ": merge");
     facts.parameters += facts.merge->trained_elements;
@@ -115,6 +123,19 @@ Inspection safetensors_facts(const std::filesystem::path& path, const host::Plug
   if (file.metadata().contains("pyra") || (file.contains("cls_token") && file.contains("patch_embed.proj.weight")))
     return model_facts(path, std::move(tensors), plugins);
   return tensors;
+}
+
+/// Google's .npz, whose arrays are listed as they stand in it.
+ModelFacts npz_facts(const std::filesystem::path& path, const host::PluginRegistry& plugins) {
+  TensorFile arrays;
+  const io::NpzFile file(path);
+  for (const auto& [name, header] : file.arrays()) {
+    arrays.tensors.push_back({name, header.descr, header.shape, header.bytes});
+    int64_t elements = 1;  // the product was checked against the file's size when it was opened
+    for (const int64_t extent : header.shape) elements *= extent;
+    arrays.elements += elements;
+  }
+  return model_facts(path, std::move(arrays), plugins);
 }
 
 /// A Hugging Face folder; of one in shards the tensors are not listed.
@@ -171,6 +192,47 @@ ImageFacts image_facts(const std::filesystem::path& path) {
 
 }  // namespace
 
+ModelFacts inspect_arch(const ArchQuestion& question, const host::PluginRegistry& plugins) {
+  const nn::VitConfig config = nn::arch_config(question.arch);
+  const sdk::ModelShape shape = config.shape();
+  const io::Recipe asked = io::read_recipe({}, question.set);
+  ModelFacts facts = config_facts(config);
+  facts.resize = "squash";
+  const nn::Preprocess preprocess;
+  facts.mean.assign(preprocess.mean.begin(), preprocess.mean.end());
+  facts.std.assign(preprocess.std.begin(), preprocess.std.end());
+  const auto elements = [](const std::vector<int64_t>& extents) {
+    return std::accumulate(extents.begin(), extents.end(), int64_t{1}, std::multiplies<>());
+  };
+  for (const nn::TensorShape& tensor : nn::tensor_shapes(config)) {
+    facts.parameters += elements(tensor.shape);
+    facts.file.tensors.push_back({tensor.name, "F32", tensor.shape, uint64_t(4 * elements(tensor.shape))});
+  }
+  facts.file.elements = facts.parameters;
+  facts.macs = facts.dense_macs;
+  if (!question.merge.empty()) {
+    io::ModelFile model;
+    model.config = config;
+    const auto merger = plugins.merger(question.merge, asked.merge.parameters, "--merge");
+    model.merge = io::MergeSpec{.name = question.merge,
+                                .schedule = merger->resolve(nn::parse_schedule(question.schedule, config), shape),
+                                .parameters = asked.merge.parameters,
+                                .learned = {}};
+    facts.merge = merge_facts(model, plugins, "--merge");
+    if (!facts.merge->problem.empty()) fail(ExitCode::usage, facts.merge->problem);
+    for (const sdk::TensorDecl& decl : merger->declare(shape, model.merge->schedule))
+      facts.merge->trained_elements += elements(decl.shape);
+    facts.parameters += facts.merge->trained_elements;
+    facts.macs = nn::count_macs(config, facts.merge->tokens);
+  }
+  if (!question.peft.empty()) {
+    facts.peft = question.peft;
+    const auto method = plugins.peft(question.peft, asked.peft.parameters, "--peft");
+    for (const sdk::TensorDecl& decl : method->declare(shape)) facts.peft_elements += elements(decl.shape);
+  }
+  return facts;
+}
+
 Inspection inspect(const std::filesystem::path& path, const host::PluginRegistry& plugins) {
   std::error_code error;
   const auto status = std::filesystem::status(path, error);
@@ -186,6 +248,7 @@ Inspection inspect(const std::filesystem::path& path, const host::PluginRegistry
     return host::PluginRegistry::check(path);
   if (is_tar(head)) return dataset_facts(path);
   if (is_image(head)) return image_facts(path);
+  if (io::is_npz(path)) return npz_facts(path, plugins);
   if (path.extension() == ".toml") return RecipeFacts{io::to_toml(io::read_recipe(path, {}))};
   return safetensors_facts(path, plugins);
 }

@@ -43,12 +43,15 @@ struct ModelFacts {
   int64_t image_size = 0, patch_size = 0, embed_dim = 0, depth = 0, num_heads = 0, mlp_dim = 0, num_classes = 0,
           tokens = 0;
   bool distilled = false;
+  int64_t registers = 0;
   std::vector<double> mean, std;
   std::vector<std::string> class_names;
   int64_t parameters = 0;
   int64_t dense_macs = 0;
   std::optional<int64_t> macs;  ///< as it merges; equal to dense_macs for a dense model
   std::optional<MergeFacts> merge;
+  std::string peft;           ///< of an architecture asked for with a PEFT method
+  int64_t peft_elements = 0;  ///< that it trains of its own
   std::map<std::string, std::string> provenance;
 };
 
@@ -80,6 +83,15 @@ struct RecipeFacts {
 
 using Inspection =
     std::variant<ModelFacts, TensorFile, RunFacts, DatasetFacts, host::PluginInfo, ImageFacts, RecipeFacts>;
+
+/// What `inspect --arch` is asked: an architecture by timm's name, nothing of which is made or read.
+struct ArchQuestion {
+  std::string arch;
+  std::string merge, schedule;   ///< maybe with a merger, by its name
+  std::string peft;              ///< and a PEFT method
+  std::vector<std::string> set;  ///< parameters of both
+};
+[[nodiscard]] ModelFacts inspect_arch(const ArchQuestion& question, const host::PluginRegistry& plugins);
 
 /// Error(input) naming what the file really is when it is none of these, or what is broken in it.
 [[nodiscard]] Inspection inspect(const std::filesystem::path& path, const host::PluginRegistry& plugins);

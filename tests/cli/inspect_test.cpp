@@ -163,3 +163,28 @@ TEST_CASE("inspect refuses what it does not know, saying what it is") {
        })
     check_refusal(shop, refusal);
 }
+
+TEST_CASE("an architecture is counted without a file, with its merger and its PEFT method") {
+  const Workshop shop;
+  const auto dense = json_of(shop, "inspect --arch vit_base_patch16_224");
+  CHECK(dense["params"] == 86567656);
+  CHECK(dense["macs"] == dense["dense_macs"]);
+  // PYRA's article (arXiv 2403.09192): 27 840 parameters beside LoRA's 294 912; 0.289 of the MACs.
+  const auto merged = json_of(shop, "inspect --arch vit_base_patch16_224 --merge pyra --schedule high --peft lora");
+  CHECK(merged["merge"]["trained_elements"] == 27840);
+  CHECK(merged["params"] == 86567656 + 27840);
+  CHECK(merged["peft"]["trained_elements"] == 294912);
+  CHECK(merged["macs"].get<double>() / dense["macs"].get<double>() == Approx(0.289).margin(0.001));
+  CHECK(
+      json_of(shop, "inspect --arch vit_base_patch16_224 --peft lora --set peft.rank=4")["peft"]["trained_elements"] ==
+      147456);
+  for (const Refusal& refusal :
+       std::vector<Refusal>{{"inspect", 2, {"--arch"}},
+                            {"inspect --arch vit_bse_patch16_224", 2, {"vit_base_patch16_224"}},
+                            {"inspect model.safetensors --arch vit_base_patch16_224", 2, {"--arch"}},
+                            {"inspect --arch vit_base_patch16_224 --merge tome", 2, {"--schedule"}},
+                            {"inspect --arch vit_base_patch16_224 --merge tome --schedule hihg", 2, {"hihg"}},
+                            {"inspect --arch vit_base_patch16_224 --merge tme --schedule high", 4, {"tome"}},
+                            {"inspect --arch vit_base_patch16_224 --peft lra", 4, {"lora"}}})
+    check_refusal(shop, refusal);
+}

@@ -1,0 +1,15 @@
+#!/bin/bash
+# VTAB-1k: every method of recipes/vtab1k.toml on 19 tasks (or those that are there), several seeds, one line a run.
+#
+#   recipes/vtab1k.sh --model vit_b.safetensors --data FOLDER --out DIR
+#   recipes/vtab1k.sh … --shard 3/20          one of twenty jobs of a cluster: job 3 (from 0), all into the same DIR
+#   recipes/vtab1k.sh … --table               only the table of what is done
+#
+# FOLDER holds a folder or .tar a task, by VTAB-1k's names (docs/vtab1k.md says where they come from); each is checked
+# before anything trains: lists, number of classes, number of test images. Runs that are done are not done again, runs
+# that were stopped go on. Writes DIR/results*.jsonl and DIR/table.md. Expected for ViT-B/16 augreg: the paper's table 2.
+# Time: a task, method and seed takes 11 to 20 s of an H100, or half a day of two CPU cores, for ViT-B.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+export PYRACTL=${PYRACTL:-$here/../build/bin/pyractl}
+exec python3 "$here/vtab1k.py" "$@"
