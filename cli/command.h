@@ -71,11 +71,14 @@ void write_stdout(std::string_view text);
 // Each in its own file, <name>.cpp.
 void add_finetune(CLI::App& root, Session& session);
 void add_merge_lora(CLI::App& root, Session& session);
+void add_convert(CLI::App& root, Session& session);
 void add_compress(CLI::App& root, Session& session);
 void add_eval(CLI::App& root, Session& session);
 void add_predict(CLI::App& root, Session& session);
+void add_report(CLI::App& root, Session& session);
 void add_bench(CLI::App& root, Session& session);
 void add_inspect(CLI::App& root, Session& session);
+void add_data(CLI::App& root, Session& session);
 void add_plugins(CLI::App& root, Session& session);
 void add_doctor(CLI::App& root, Session& session);
 

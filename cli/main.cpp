@@ -19,6 +19,7 @@ constexpr const char* kFooter = R"(
 A first round, with the small model and task that `make demo` uses:
   pyractl doctor                                          what this machine offers
   pyractl inspect MODEL.safetensors                       what a file is
+  pyractl data check TASK.tar                             whether the images are sound
   pyractl eval MODEL.safetensors --data TASK.tar          accuracy and speed
   pyractl compress MODEL.safetensors --merge tome --schedule high --out FAST.safetensors
   pyractl finetune --recipe recipes/R.toml --model MODEL.safetensors --data TASK.tar --out runs/first
@@ -70,11 +71,14 @@ int run(int argc, char** argv, Invocation& invocation) {
   add_common_options(root, session);
   add_finetune(root, session);
   add_merge_lora(root, session);
+  add_convert(root, session);
   add_compress(root, session);
   add_eval(root, session);
   add_predict(root, session);
+  add_report(root, session);
   add_bench(root, session);
   add_inspect(root, session);
+  add_data(root, session);
   add_plugins(root, session);
   add_doctor(root, session);
 

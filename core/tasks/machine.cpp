@@ -161,6 +161,12 @@ Machine describe_machine() {
   return machine;
 }
 
+std::string processor_name(const std::string& device) {
+  if (device == "cpu") return field("/proc/cpuinfo", "model name");
+  const size_t number = size_t(std::atoi(device.c_str() + device.find(':') + 1));
+  return engine::cuda_library().devices().at(number).name;
+}
+
 std::string version() {
   return PYRA_VERSION;
 }

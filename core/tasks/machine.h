@@ -23,6 +23,8 @@ struct Machine {
 };
 
 [[nodiscard]] Machine describe_machine();
+/// The name of what computes on a resolved device ("cpu", "cuda:0"): the CPU's or the GPU's own.
+[[nodiscard]] std::string processor_name(const std::string& device);
 
 /// What this build is: "pyractl 0.1.0" and, a line each, the SDK's tag and LibTorch's version.
 [[nodiscard]] std::string version_text();

@@ -46,7 +46,8 @@ TEST_CASE("help and version go to stdout and exit with 0") {
   const RunResult help = pyractl({"--help"});
   CHECK(help.exit_code == 0);
   CHECK(help.err.empty());
-  for (const std::string command : {"compress", "doctor", "eval", "inspect", "plugins", "predict"}) {
+  for (const std::string command :
+       {"compress", "convert", "doctor", "eval", "inspect", "plugins", "predict", "report"}) {
     const RunResult own = pyractl({command, "--help"});
     CAPTURE(command, own.out);
     CHECK(help.out.find("\n  " + command + " ") != std::string::npos);
@@ -84,7 +85,7 @@ TEST_CASE("a wrong command line is exit 2, one line, and the nearest name") {
            {"compress model.safetensors --merge tome --schedule high", 2, {"--out is required"}},
            {"compress model.safetensors --merge tome --out x.safetensors", 2, {"--schedule", "--target-macs"}},
            {"compress model.safetensors --merge tome --shedule 1 --out x", 2, {"did you mean '--schedule'"}},
-           {"inspect", 2, {"FILE is required"}},
+           {"inspect", 2, {"a file or --arch NAME"}},
            {"inspect model.safetensors --all", 2, {"unknown option '--all'"}},
            {"plugins lst", 2, {"'lst'", "did you mean 'list'"}},
            {"plugins info", 2, {"NAME is required"}},
