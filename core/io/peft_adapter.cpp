@@ -223,12 +223,10 @@ void Reader::take_terms() {
     if (shape(a_key) != a_shape) refuse_shape(a_key, a_shape);
     if (shape(b_key) != b_shape) refuse_shape(b_key, b_shape);
     const double scale = adapter_.config.scale_of(module);
-    adapter_.terms[module_of(slot.tensor)].push_back({.module = module,
-                                                      .a = value(a_key).flatten(1),
-                                                      .b = value(b_key).flatten(1),
-                                                      .scale = scale,
-                                                      .part = slot.part,
-                                                      .parts = slot.parts});
+    // Read first: GCC 12 frees a struct's members twice when an initialiser among them throws.
+    const at::Tensor a = value(a_key).flatten(1), b = value(b_key).flatten(1);
+    adapter_.terms[module_of(slot.tensor)].push_back(
+        {.module = module, .a = a, .b = b, .scale = scale, .part = slot.part, .parts = slot.parts});
     add_bias(slot, module, scale);
   }
 }

@@ -177,7 +177,8 @@ class Reader {
       if (bytes > kMaxPatternBytes) fields_.refuse(key, cat("has keys of more than ", kMaxPatternBytes, " bytes"));
       auto compiled = expression(cat("(?:.*\\.)?(?:", name, ")"));
       if (!compiled) object.refuse(name, "is no regular expression that is understood here");
-      list.push_back({name, std::move(*compiled), finite(key, object.number(name.c_str()))});
+      const double number = finite(key, object.number(name.c_str()));
+      list.push_back({name, std::move(*compiled), number});
     }
     return list;
   }

@@ -60,7 +60,9 @@ struct Tuned {
 /// The tuned model as the run left it.
 Tuned open_run(const RunFolder& run, const host::PluginRegistry& plugins) {
   if (!fs::is_directory(run.path)) fail(ExitCode::input, run.path.string(), ": is no run folder");
-  Tuned tuned{.model = {}, .peft = {}, .info = read_adapter_info(run)};
+  // Not in the braces of its own: GCC 12 frees members twice when a later one's initialiser throws.
+  Tuned tuned;
+  tuned.info = read_adapter_info(run);
   tuned.recipe = io::read_recipe(run.recipe(), {});
   tuned.peft = tuned.recipe.peft.name.empty() ? "none" : tuned.recipe.peft.name;
   tuned.model = make_tuned_model(tuned.recipe, tuned.info->classes, plugins);
@@ -84,7 +86,10 @@ Tuned open_adapter(const MergeLoraOptions& options, const host::PluginRegistry& 
       fs::exists(RunFolder{run}.recipe()))
     progress.note(cat("image size, normalisation and merger are those of ", options.model.string(),
                       "; `pyractl merge-lora ", run.string(), "` takes the run's own"));
-  return {.model = open_peft_adapter(options.run, options.model, plugins, progress), .peft = "lora"};
+  Tuned tuned;
+  tuned.model = open_peft_adapter(options.run, options.model, plugins, progress);
+  tuned.peft = "lora";
+  return tuned;
 }
 
 Tuned open_tuned(const MergeLoraOptions& options, const host::PluginRegistry& plugins, Progress& progress) {

@@ -105,8 +105,10 @@ std::optional<AdapterInfo> parse_adapter_info(const io::Metadata& metadata, cons
   const std::string where = cat(file, ": metadata '", kEntry, "'");
   const nlohmann::json about = io::parse_json(entry->second, where);
   try {
-    return AdapterInfo{.classes = {about.at("classes").get<std::vector<std::string>>()},
-                       .base_fingerprint = about.at("base").get<std::string>()};
+    AdapterInfo info;  // member by member: GCC 12 frees them twice when an initialiser throws
+    about.at("classes").get_to(info.classes.names);
+    about.at("base").get_to(info.base_fingerprint);
+    return info;
   } catch (const nlohmann::json::exception& error) {
     fail(ExitCode::input, where, ": ", io::json_reason(error));
   }

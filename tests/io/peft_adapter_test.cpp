@@ -190,6 +190,7 @@ TEST_CASE("an adapter that is more than plain LoRA is refused by name", "[peft]"
   refuses("lora_alpha", 1e300, {"1e9"});
   refuses("rank_pattern", nlohmann::json{{"qkv", 1.5}}, {"rank 1.5"});
   refuses("alpha_pattern", nlohmann::json{{"(", 1}}, {"expression"});
+  refuses("alpha_pattern", nlohmann::json{{"a name longer than what fits into a string itself", "x"}}, {"number"});
   refuses("target_modules", 7, {"array"});
   refuses("modules_to_save", {1}, {"strings"});
   // What is there but not used, and what changes nothing, is no reason.
@@ -292,8 +293,9 @@ TEST_CASE("tensors that do not fit the base model or the config are named", "[pe
   }
   SECTION("not finite") {
     const Copy copy("timm_qkv");
-    copy.change([&](sdk::TensorMap& tensors) { tensors[a][0][0] = std::nan(""); });
-    copy.refuses(timm_base(), {a, "not finite"});
+    const std::string key = GENERATE(std::string(kQkvA), "base_model.model.blocks.1.attn.qkv.lora_B.weight");
+    copy.change([&](sdk::TensorMap& tensors) { tensors[key][0][0] = std::nan(""); });
+    copy.refuses(timm_base(), {key, "not finite"});
   }
   SECTION("integers") {
     const Copy copy("timm_qkv");

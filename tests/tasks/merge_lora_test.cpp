@@ -86,6 +86,20 @@ TEST_CASE("a run whose tensors were damaged leaves no file and an old one untouc
   CHECK(task.listing() == listing);
 }
 
+TEST_CASE("a run whose adapter says half of what it should is refused", "[merge-lora]") {
+  const TinyTask task;
+  (void)task.finetune("run", {"train.epochs=1"});
+  const auto adapter = task.folder / "run/adapter/adapter_model.safetensors";
+  const sdk::TensorMap tensors = io::SafetensorsFile(adapter).tensors();
+  for (const char* about :
+       {R"({"classes": ["a class with a name of some length", "b", "c"]})", R"({"base": "0"})", "{"}) {
+    CAPTURE(about);
+    io::write_safetensors(adapter, tensors, {{"pyra", about}});
+    check_error(ExitCode::input, {"adapter_model.safetensors", "'pyra'"},
+                [&] { (void)merge(task, "run", "merged.safetensors"); });
+  }
+}
+
 TEST_CASE("a base model that has changed since is refused", "[merge-lora]") {
   const TinyTask task;
   (void)task.finetune("run", {"train.epochs=1"});
