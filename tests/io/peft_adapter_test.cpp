@@ -293,7 +293,7 @@ TEST_CASE("tensors that do not fit the base model or the config are named", "[pe
   }
   SECTION("not finite") {
     const Copy copy("timm_qkv");
-    const std::string key = GENERATE(std::string(kQkvA), "base_model.model.blocks.1.attn.qkv.lora_B.weight");
+    const std::string key = GENERATE(as<std::string>{}, kQkvA, "base_model.model.blocks.1.attn.qkv.lora_B.weight");
     copy.change([&](sdk::TensorMap& tensors) { tensors[key][0][0] = std::nan(""); });
     copy.refuses(timm_base(), {key, "not finite"});
   }
