@@ -60,7 +60,8 @@ KeptCounts scaled(const nn::VitConfig& config, const KeptCounts& counts, double 
 }  // namespace
 
 at::Tensor logits_for(int64_t count, int64_t patches, int64_t protected_tokens) {
-  // In the middle of those sums that are rounded up to it.
+  // In the middle of those sums that are rounded up to it; the very least takes a distribution that is certain, and
+  // such a one has no gradient.
   const double wanted = std::clamp(double(count - protected_tokens) - 0.5, 1.0 + 1e-3, double(patches) - 1e-3);
   double low = -64 * double(patches), high = 64 * double(patches);
   for (int i = 0; i < 100; ++i) {

@@ -77,8 +77,9 @@ class RateSearch {
 [[nodiscard]] at::Tensor search_loss(const at::Tensor& cross_entropy, const at::Tensor& macs,
                                      const RateSearchSettings& settings);
 
-/// Logits with which a block keeps `count` tokens: p_i rises or falls exponentially with the candidate, the least
-/// that a mean says of a distribution. [patches], zeros for half of them.
+/// Logits with which a block keeps `count` tokens, at least protected + 2 (one patch alone would take a distribution
+/// that is certain and cannot train): p_i rises or falls exponentially with the candidate, the least that a mean says
+/// of a distribution. [patches], zeros for half of them.
 [[nodiscard]] at::Tensor logits_for(int64_t count, int64_t patches, int64_t protected_tokens);
 
 /// The counts scaled by one factor, block 0 excepted, so that their multiply-adds are the most that do not exceed
