@@ -12,7 +12,7 @@ namespace {
 constexpr double kLargest = 1e100;  // differences and products of what is drawn stay finite
 constexpr size_t kMaxPoints = 1500;
 constexpr size_t kColours = 8;
-constexpr double kLetter = 6.6;  // about the width of a letter, where no one can measure it
+constexpr double kLetter = 7.4;  // about the width of a letter, where no one can measure it
 
 bool drawable(double value) {
   return std::isfinite(value) && std::abs(value) < kLargest;
