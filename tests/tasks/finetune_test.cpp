@@ -284,8 +284,10 @@ TEST_CASE("recipes are compared key by key", "[finetune]") {
 
 TEST_CASE("a run killed twenty times ends with the bytes of an unbroken one", "[finetune]") {
   const TinyTask task;
-  const std::vector<std::string> set{"--set", "train.epochs=400",    "--set", "train.checkpoint_every=2",
-                                     "--set", "train.lr=[1e-4,1e-3]"};
+  // One thread: two runs side by side would wait for each other's at every step.
+  const std::vector<std::string> set{
+      "--threads",           "1", "--set", "train.epochs=400", "--set", "train.checkpoint_every=2", "--set",
+      "train.lr=[1e-4,1e-3]"};
   const auto arguments = [&](const std::string& run, bool resume) {
     std::vector<std::string> all{"finetune", "--recipe", task.recipe_file().string(), "--out",
                                  (task.folder / run).string()};
@@ -321,15 +323,16 @@ TEST_CASE("a run killed twenty times ends with the bytes of an unbroken one", "[
 TEST_CASE("ctrl-C and SIGTERM save within a step and name the command that goes on", "[finetune]") {
   const TinyTask task;
   const auto run = (task.folder / "run").string();
-  const std::vector<std::string> first{"finetune", "--recipe", task.recipe_file().string(), "--out",
-                                       run,        "--set",    "train.epochs=400"};
+  const std::vector<std::string> first{"finetune", "--recipe", task.recipe_file().string(), "--out", run, "--threads",
+                                       "1",        "--set",    "train.epochs=400"};
   const auto metrics = task.folder / "run/metrics.jsonl";
   CHECK(run_until(first, metrics, 200, SIGINT) == 130);
   const auto stopped = json_lines(metrics).size();
   CHECK(stopped < 400);
-  CHECK(run_until({"finetune", "--out", run, "--resume"}, metrics, 200, SIGTERM) == 143);
+  const std::vector<std::string> again{"finetune", "--out", run, "--resume", "--threads", "1", "--json"};
+  CHECK(run_until(again, metrics, 200, SIGTERM) == 143);
   CHECK(json_lines(metrics).size() > stopped);
-  const auto rest = test::pyractl({"finetune", "--out", run, "--resume", "--json"});
+  const auto rest = test::pyractl(again);
   INFO(rest.err);
   REQUIRE(rest.exit_code == 0);
   CHECK(nlohmann::json::parse(rest.out).at("steps") == 1200);

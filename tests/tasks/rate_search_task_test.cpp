@@ -33,14 +33,20 @@ class SearchTask {
   }
 
   [[nodiscard]] tasks::CompressOptions options(const std::string& out) const {
-    tasks::CompressOptions options{
-        .run = {.model = task.folder / "model.safetensors", .device = "cpu", .dtype = "fp32", .set = {}},
-        .merge = "diffrate",
-        .schedule = {},
-        .target_macs = "0.6",
-        .out = task.folder / out,
-        .measure = false};
-    options.search = tasks::RateSearchOptions{.data = task.folder / "data", .epochs = 4, .lr = 0.1, .batch = 8};
+    tasks::RateSearchOptions search;
+    search.data = task.folder / "data";
+    search.epochs = 4;
+    search.lr = 0.1;
+    search.batch = 8;
+    tasks::CompressOptions options;
+    options.run.model = task.folder / "model.safetensors";
+    options.run.device = "cpu";
+    options.run.dtype = "fp32";
+    options.merge = "diffrate";
+    options.target_macs = "0.6";
+    options.out = task.folder / out;
+    options.measure = false;
+    options.search = std::move(search);
     return options;
   }
 };
