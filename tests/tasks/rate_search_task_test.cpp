@@ -183,7 +183,7 @@ TEST_CASE("a model whose loss is not finite is exit 7 and leaves no model", "[ra
   CHECK_FALSE(std::filesystem::exists(shop.task.folder / "o.safetensors"));
 }
 
-TEST_CASE("--resume without a checkpoint starts, and says so", "[rate_search]") {
+TEST_CASE("a search resumed without a checkpoint starts, and says so", "[rate_search]") {
   const SearchTask shop;
   auto options = shop.options("o.safetensors");
   options.search->resume = true;

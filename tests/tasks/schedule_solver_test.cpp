@@ -25,11 +25,11 @@ ScheduleProblem flat(double target) {
           .quality = {}};
 }
 
-/// A token removed in block i saves the work of all blocks after it.
+/// A token removed in block i saves the work of all blocks after it; at most half of them go, as mergers cut it.
 double work(const RemovalCounts& remove) {
-  double tokens = 197, total = 0;
-  for (const int64_t r : remove) total += tokens += -double(r);
-  return total;
+  int64_t tokens = 197, total = 0;
+  for (const int64_t r : remove) total += tokens -= std::min(r, tokens / 2);
+  return double(total);
 }
 
 }  // namespace
