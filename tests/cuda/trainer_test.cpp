@@ -162,7 +162,8 @@ TEST_CASE("a GPU's steps give the fixture's gradients, losses and tensors", "[gp
   const at::Tensor unused = at::zeros({batch, side, side, 3}, at::kByte);
   const auto trainer = engine::make_cuda_trainer(vit, {unused, labels}, {.size = side},
                                                  {.device = "cuda:0", .adamw = {.weight_decay = 1e-4}, .batch = batch});
-  engine::TrainStep step{.images = input};
+  engine::TrainStep step;
+  step.images = input;
   for (int64_t i = 0; i < batch; ++i) step.indices.push_back(i);
 
   // A first moment is (1 - beta1) times the gradient after one step.
