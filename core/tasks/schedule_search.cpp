@@ -135,7 +135,7 @@ void Finder::measure_samples(std::vector<LatencySample>& samples) {
   samples.push_back({path(RemovalCounts(size_t(config_.depth), 0)), 1.0});
   progress_.begin("timing", int64_t(schedules.size()), "schedules");
   for (size_t i = 0; i < schedules.size(); ++i) {
-    const Timing timing = probe(schedules[i], 5, 2.0);
+    const Timing timing = probe(schedules[i], 3, 1.0);
     if (i == 0 && timing.speedup < *goal_.speedup) give_up(timing);
     samples.push_back({path(schedules[i]), 1 / timing.speedup});
     progress_.update(int64_t(i) + 1, fixed(timing.speedup) + "x");
