@@ -6,7 +6,7 @@
 # For each task: LoRA without merging (60 s of training, or --seconds), merged into the weights, then
 # `compress --merge tome --target-speedup 2` (or --merge, --speedup), its accuracy on the test images and that of as many
 # tokens a block at the same time. Writes DIR/table.md; what is there already is not trained again. On two cores some
-# 3 minutes a task; run it on an idle machine, for it measures time. Expected: docs/results.md.
+# 5 minutes a task; run it on an idle machine, for it measures time.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 export PYRACTL=${PYRACTL:-$here/../build/bin/pyractl}
