@@ -22,9 +22,9 @@ struct Spelling {
 };
 
 /// One file on its way to timm's names.
-class Reader {
+class AugregReader {
  public:
-  explicit Reader(const std::filesystem::path& path) : file_(path), spelling_(find_spelling()) {
+  explicit AugregReader(const std::filesystem::path& path) : file_(path), spelling_(find_spelling()) {
     tensors_ = file_.read([&](const std::string& name) { return name.starts_with(spelling_.prefix); });
   }
 
@@ -58,7 +58,7 @@ class Reader {
   int64_t dim_ = -1, heads_ = -1;
 };
 
-Spelling Reader::find_spelling() const {
+Spelling AugregReader::find_spelling() const {
   for (const char* prefix : {"", "opt/target/", "params/"}) {
     if (!file_.arrays().contains(cat(prefix, "embedding/kernel"))) continue;
     Spelling spelling{.prefix = prefix};
@@ -76,7 +76,7 @@ Spelling Reader::find_spelling() const {
        "'params/' before it: no ViT of Google's (augreg, big_vision)");
 }
 
-at::Tensor Reader::take(const std::string& name, std::vector<int64_t> expected, int64_t block) {
+at::Tensor AugregReader::take(const std::string& name, std::vector<int64_t> expected, int64_t block) {
   const std::string full = spelling_.prefix + name;
   const bool stacked = spelling_.stacked && name.starts_with("Transformer/encoderblock/");
   if (stacked) expected.insert(expected.begin(), -1);
@@ -95,7 +95,7 @@ at::Tensor Reader::take(const std::string& name, std::vector<int64_t> expected, 
   return (stacked ? tensor.select(0, block) : tensor).to(at::kFloat);
 }
 
-int64_t Reader::count_blocks() const {
+int64_t AugregReader::count_blocks() const {
   if (spelling_.stacked) {
     const auto& shape =
         file_.arrays().find(spelling_.prefix + "Transformer/encoderblock/LayerNorm_0/scale")->second.shape;
@@ -107,7 +107,7 @@ int64_t Reader::count_blocks() const {
 }
 
 /// Flax keeps heads apart: query [C,H,D] and out [H,D,C]; timm stacks q, k and v as one [3C,C].
-void Reader::read_attention(const std::string& from, int64_t block, const std::string& to) {
+void AugregReader::read_attention(const std::string& from, int64_t block, const std::string& to) {
   std::vector<at::Tensor> weights, biases;
   for (const char* part : {"query/", "key/", "value/"}) {
     const at::Tensor kernel = take(cat(from, part, "kernel"), {dim_, heads_, heads_ < 0 ? -1 : dim_ / heads_}, block);
@@ -124,7 +124,7 @@ void Reader::read_attention(const std::string& from, int64_t block, const std::s
   put(to + "proj.bias", take(from + "out/bias", {dim_}, block));
 }
 
-void Reader::read_block(int64_t block) {
+void AugregReader::read_block(int64_t block) {
   const std::string from =
       spelling_.stacked ? "Transformer/encoderblock/" : cat("Transformer/encoderblock_", block, "/");
   const std::string to = cat("blocks.", block, ".");
@@ -135,7 +135,7 @@ void Reader::read_block(int64_t block) {
   put_dense(from + spelling_.mlp + "Dense_1/", to + "mlp.fc2", {-1, dim_}, block);
 }
 
-NamedTensors Reader::read() {
+NamedTensors AugregReader::read() {
   const at::Tensor patches = take("embedding/kernel", {-1, -1, 3, -1});  // [P,P,3,C]
   dim_ = patches.size(3);
   put("patch_embed.proj.weight", patches.permute({3, 2, 0, 1}));
@@ -152,7 +152,7 @@ NamedTensors Reader::read() {
 }
 
 /// An array without a place means another network than the one described: a pooling head, say.
-void Reader::check_left_over() const {
+void AugregReader::check_left_over() const {
   for (const auto& [name, tensor] : tensors_) {
     if (used_.contains(name) || name.starts_with(spelling_.prefix + "pre_logits/")) continue;
     fail(ExitCode::input, file_.path().string(), ": array '", printable(name),
@@ -163,7 +163,7 @@ void Reader::check_left_over() const {
 }  // namespace
 
 ModelFile read_augreg_model(const std::filesystem::path& path, const ReadModelOptions& options) {
-  ModelFile model = timm_model(Reader(path).read(), options);
+  ModelFile model = timm_model(AugregReader(path).read(), options);
   model.config.arch = nn::arch_name(model.config);
   return model;
 }

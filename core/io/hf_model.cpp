@@ -65,9 +65,9 @@ class Shards {
 };
 
 /// One folder being read: what its config says, and how its tensors are spelt.
-class Reader {
+class HfReader {
  public:
-  explicit Reader(const fs::path& folder)
+  explicit HfReader(const fs::path& folder)
       : folder_(folder),
         config_path_((folder / "config.json").string()),
         document_(read_json(config_path_, kMaxJson)),
@@ -98,12 +98,12 @@ class Reader {
 };
 
 /// A name as this folder's files have it.
-std::string Reader::on_file(const std::string& name) const {
+std::string HfReader::on_file(const std::string& name) const {
   const std::string prefix = model_ + ".";
   return bare_ && name.starts_with(prefix) ? name.substr(prefix.size()) : name;
 }
 
-void Reader::read_config(nn::VitConfig& config) {
+void HfReader::read_config(nn::VitConfig& config) {
   model_ = config_.string("model_type");
   if (model_ != "vit" && model_ != "deit")
     config_.refuse("model_type", cat("is '", printable(model_), "', expected vit or deit"));
@@ -124,7 +124,7 @@ void Reader::read_config(nn::VitConfig& config) {
   spelling_ = shards_.has(modules) ? HfSpelling::modules : HfSpelling::on_disk;
 }
 
-void Reader::find_head(nn::VitConfig& config) const {
+void HfReader::find_head(nn::VitConfig& config) const {
   config.distilled = shards_.has(on_file(model_ + ".embeddings.distillation_token"));
   const std::string name = hf_names("head.weight", model_, config.distilled, spelling_)[0];
   if (shards_.has(name)) {
@@ -139,7 +139,7 @@ void Reader::find_head(nn::VitConfig& config) const {
          "cls_classifier and distillation_classifier (DeiTForImageClassificationWithTeacher)");
 }
 
-void Reader::read_class_names(ModelFile& model) const {
+void HfReader::read_class_names(ModelFile& model) const {
   if (!config_.has("id2label") || model.config.num_classes == 0) return;
   const nlohmann::json& labels = config_.value("id2label");
   std::vector<std::string> names;
@@ -162,7 +162,7 @@ int64_t edge_of(const JsonFields& fields, const char* key) {
   fields.refuse(key, "has neither height nor shortest_edge");
 }
 
-void Reader::read_processor(ModelFile& model) const {
+void HfReader::read_processor(ModelFile& model) const {
   nn::Preprocess& preprocess = model.preprocess;
   preprocess.size = model.config.image_size;
   preprocess.mean.fill(kDefaultStatistic);
@@ -189,7 +189,7 @@ void Reader::read_processor(ModelFile& model) const {
 }
 
 /// One of our tensors from one of theirs, or from query, key and value.
-at::Tensor Reader::read_tensor(const nn::TensorShape& wanted) {
+at::Tensor HfReader::read_tensor(const nn::TensorShape& wanted) {
   std::vector<at::Tensor> parts;
   std::vector<std::string> names = hf_names(wanted.name, model_, model_ == "deit", spelling_);
   std::vector<int64_t> shape = wanted.shape;
@@ -216,7 +216,7 @@ at::Tensor Reader::read_tensor(const nn::TensorShape& wanted) {
 }
 
 /// Tensors that a classifier's forward pass does not read may stand there; any other would be lost silently.
-void Reader::check_left_over(const nn::VitConfig& config) const {
+void HfReader::check_left_over(const nn::VitConfig& config) const {
   for (const std::string& name : shards_.names()) {
     if (used_.contains(name) || name.find("pooler.") != name.npos || name.ends_with("embeddings.mask_token")) continue;
     fail(ExitCode::input, shards_.file_of(name).path().string(), ": tensor '", printable(name),
@@ -224,7 +224,7 @@ void Reader::check_left_over(const nn::VitConfig& config) const {
   }
 }
 
-ModelFile Reader::read() {
+ModelFile HfReader::read() {
   ModelFile model;
   read_config(model.config);
   find_head(model.config);
@@ -317,7 +317,7 @@ bool is_hf_folder(const fs::path& folder) {
 }
 
 ModelFile read_hf_model(const fs::path& folder) {
-  return Reader(folder).read();
+  return HfReader(folder).read();
 }
 
 void write_hf_model(const fs::path& folder, const ModelFile& model) {

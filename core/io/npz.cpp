@@ -22,20 +22,20 @@ struct NpyDtype {
   std::optional<at::ScalarType> type;
 };
 // NumPy has no bfloat16 of its own: those who add it leave raw words of two bytes behind.
-constexpr NpyDtype kDtypes[] = {{"<f4", 4, at::kFloat},
-                                {"<f2", 2, at::kHalf},
-                                {"<f8", 8, at::kDouble},
-                                {"|V2", 2, at::kBFloat16},
-                                {"<V2", 2, at::kBFloat16},
-                                {"|b1", 1, {}},
-                                {"|i1", 1, {}},
-                                {"|u1", 1, {}},
-                                {"<i2", 2, {}},
-                                {"<u2", 2, {}},
-                                {"<i4", 4, {}},
-                                {"<u4", 4, {}},
-                                {"<i8", 8, {}},
-                                {"<u8", 8, {}}};
+constexpr NpyDtype kNpyDtypes[] = {{"<f4", 4, at::kFloat},
+                                   {"<f2", 2, at::kHalf},
+                                   {"<f8", 8, at::kDouble},
+                                   {"|V2", 2, at::kBFloat16},
+                                   {"<V2", 2, at::kBFloat16},
+                                   {"|b1", 1, {}},
+                                   {"|i1", 1, {}},
+                                   {"|u1", 1, {}},
+                                   {"<i2", 2, {}},
+                                   {"<u2", 2, {}},
+                                   {"<i4", 4, {}},
+                                   {"<u4", 4, {}},
+                                   {"<i8", 8, {}},
+                                   {"<u8", 8, {}}};
 
 /// The literal, character by character: not Python, only what NumPy writes.
 class HeaderParser {
@@ -147,9 +147,9 @@ class HeaderParser {
 };
 
 void resolve_dtype(NpyHeader& header, const HeaderParser& parser) {
-  const auto* dtype = std::find_if(std::begin(kDtypes), std::end(kDtypes),
+  const auto* dtype = std::find_if(std::begin(kNpyDtypes), std::end(kNpyDtypes),
                                    [&](const NpyDtype& known) { return known.descr == header.descr; });
-  if (dtype == std::end(kDtypes)) {
+  if (dtype == std::end(kNpyDtypes)) {
     const std::string shown = printable(header.descr);
     if (header.descr.find('O') != std::string::npos)
       parser.refuse(cat("its elements are Python objects ('", shown,

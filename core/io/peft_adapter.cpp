@@ -55,9 +55,9 @@ std::string module_of(std::string_view tensor) {
   return std::string(tensor.substr(0, dot == std::string_view::npos ? 0 : dot));
 }
 
-class Reader {
+class AdapterReader {
  public:
-  Reader(const fs::path& folder, const ModelFile& base)
+  AdapterReader(const fs::path& folder, const ModelFile& base)
       : base_(base), config_(base.config), file_(folder / kPeftWeights), where_(file_.path().string()) {
     adapter_.config = read_peft_config(folder / kPeftConfig);
   }
@@ -107,7 +107,7 @@ class Reader {
 
 /// Keys are base_model.model.<module>.lora_A.weight and the like, or <module>.base_layer.bias, or a tensor's own name.
 /// Where bias = "all" meets modules_to_save, peft 0.21 writes a head's bias three times.
-void Reader::sort_keys() {
+void AdapterReader::sort_keys() {
   const std::string_view prefix = kPeftPrefix;
   for (const auto& [key, entry] : file_.entries()) {
     if (!key.starts_with(prefix))
@@ -128,7 +128,7 @@ void Reader::sort_keys() {
 }
 
 /// The naming in which most tensors are the base's; then all have to be.
-void Reader::find_naming() {
+void AdapterReader::find_naming() {
   nn::VitConfig config = config_;
   config.num_classes = std::max<int64_t>(config.num_classes, 1);  // a head may come with the adapter
   size_t best = 0;
@@ -147,7 +147,7 @@ void Reader::find_naming() {
          printable(*modules_.begin()), "'", base_hint());
 }
 
-void Reader::take_head() {
+void AdapterReader::take_head() {
   const auto head = std::ranges::find_if(slots_, [](const auto& item) { return item.second.tensor == "head.weight"; });
   const auto found = whole_.find(head->first);
   if (found != whole_.end()) {
@@ -166,14 +166,14 @@ void Reader::take_head() {
     if (!is_head(name) || config_.num_classes == base_.config.num_classes) adapter_.weights.emplace(name, tensor);
 }
 
-at::Tensor Reader::value(const std::string& key) const {
+at::Tensor AdapterReader::value(const std::string& key) const {
   at::Tensor tensor = read_fp32(file_, key);
   if (!tensor.isfinite().all().item<bool>())
     fail(ExitCode::input, where_, ": tensor '", printable(key), "' holds values that are not finite");
   return tensor;
 }
 
-void Reader::put(const Slot& slot, const at::Tensor& value) {
+void AdapterReader::put(const Slot& slot, const at::Tensor& value) {
   at::Tensor& whole = adapter_.weights[slot.tensor];
   if (slot.parts == 1) {
     whole = value;
@@ -183,7 +183,7 @@ void Reader::put(const Slot& slot, const at::Tensor& value) {
   whole.narrow(0, slot.part * slot.shape[0], slot.shape[0]).copy_(value);
 }
 
-void Reader::take_whole_tensors() {
+void AdapterReader::take_whole_tensors() {
   for (const auto& [name, key] : whole_) {
     if (name.find("pooler.") != std::string::npos) continue;  // a classifier's forward pass does not read it
     const auto slot = slots_.find(name);
@@ -197,14 +197,14 @@ void Reader::take_whole_tensors() {
 }
 
 /// A head of another number of classes has to come whole.
-void Reader::check_head() const {
+void AdapterReader::check_head() const {
   for (const auto& [name, slot] : slots_)
     if (is_head(slot.tensor) && !adapter_.weights.contains(slot.tensor))
       fail(ExitCode::input, where_, ": has no tensor '", kPeftPrefix, name, "' of shape [", join(slot.shape),
            "], but another tensor of a head with ", config_.num_classes, " classes");
 }
 
-void Reader::take_terms() {
+void AdapterReader::take_terms() {
   for (const std::string& module : modules_) {
     if (module.find("pooler.") != std::string::npos) continue;
     const std::string a_key = cat(kPeftPrefix, module, kA), b_key = cat(kPeftPrefix, module, kB);
@@ -232,7 +232,7 @@ void Reader::take_terms() {
 }
 
 /// lora_bias: B has a bias, which the scale multiplies too.
-void Reader::add_bias(const Slot& weight, const std::string& module, double scale) {
+void AdapterReader::add_bias(const Slot& weight, const std::string& module, double scale) {
   const std::string key = cat(kPeftPrefix, module, kBias);
   if (!file_.contains(key)) return;
   if (shape(key) != std::vector<int64_t>{weight.shape[0]}) refuse_shape(key, {weight.shape[0]});
@@ -242,7 +242,7 @@ void Reader::add_bias(const Slot& weight, const std::string& module, double scal
 }
 
 /// What peft would leave out, or train from nothing, must not go unnoticed.
-void Reader::check_terms() const {
+void AdapterReader::check_terms() const {
   const PeftConfig& config = adapter_.config;
   if (config.targets.unknown || config.targets.all_linear || config.excluded.unknown) return;
   for (const auto& [name, slot] : slots_) {
@@ -257,19 +257,19 @@ void Reader::check_terms() const {
   }
 }
 
-void Reader::check_saved() const {
+void AdapterReader::check_saved() const {
   for (const auto& [name, slot] : slots_)
     if (adapter_.config.saves(module_of(name)) && !taken_.contains(name))
       fail(ExitCode::input, where_, ": has no tensor '", kPeftPrefix, name, "', and ", kPeftConfig,
            " names its module in modules_to_save");
 }
 
-std::string Reader::base_hint() const {
+std::string AdapterReader::base_hint() const {
   return cat("; is this the base model that the adapter was trained on",
              adapter_.config.base.empty() ? "?" : cat(" ('", printable(adapter_.config.base), "')?"));
 }
 
-void Reader::refuse_shape(const std::string& key, const std::vector<int64_t>& expected) const {
+void AdapterReader::refuse_shape(const std::string& key, const std::vector<int64_t>& expected) const {
   fail(ExitCode::input, where_, ": tensor '", printable(key), "' has shape [", join(shape(key)), "], expected [",
        join(expected), "]", base_hint());
 }
@@ -305,7 +305,7 @@ void check_peft_folder(const fs::path& folder) {
 
 PeftAdapter read_peft_adapter(const fs::path& folder, const ModelFile& base) {
   check_peft_folder(folder);
-  return Reader(folder, base).read();
+  return AdapterReader(folder, base).read();
 }
 
 }  // namespace pyra::io

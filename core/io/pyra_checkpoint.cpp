@@ -16,9 +16,9 @@ bool of_method(std::string_view name) {
   return name.find(".LoRA_") != name.npos || name.find(".pyra_") != name.npos;
 }
 
-class Reader {
+class CheckpointReader {
  public:
-  Reader(const NamedTensors& named, const ReadModelOptions& options)
+  CheckpointReader(const NamedTensors& named, const ReadModelOptions& options)
       : named_(named), options_(options), prefix_(wrapper_prefix(named)) {
     for (const auto& [name, shape] : named.shapes) (of_method(name) ? method_ : backbone_).insert(name);
   }
@@ -62,7 +62,7 @@ class Reader {
   ModelFile model_;
 };
 
-ModelFile Reader::on_base(const ModelFile& base) const {
+ModelFile CheckpointReader::on_base(const ModelFile& base) const {
   if (base.merge)
     fail(ExitCode::usage, named_.where, ": its --base merges tokens by '", base.merge->name,
          "' already; give the dense model that it was trained on");
@@ -92,7 +92,7 @@ ModelFile Reader::on_base(const ModelFile& base) const {
   return model;
 }
 
-at::Tensor Reader::take(const std::string& name, const std::vector<int64_t>& expected) {
+at::Tensor CheckpointReader::take(const std::string& name, const std::vector<int64_t>& expected) {
   const auto found = named_.shapes.find(prefix_ + name);
   if (found == named_.shapes.end()) return {};
   const std::vector<int64_t>& shape = found->second;
@@ -105,7 +105,7 @@ at::Tensor Reader::take(const std::string& name, const std::vector<int64_t>& exp
   return named_.fp32(found->first);
 }
 
-void Reader::merge_lora(int64_t block) {
+void CheckpointReader::merge_lora(int64_t block) {
   const std::string attention = cat("blocks.", block, ".attn."), a_name = attention + "LoRA_a.weight";
   const int64_t dim = model_.config.embed_dim;
   const at::Tensor a = take(a_name, {-1, dim}), b = take(attention + "LoRA_b.weight", {3 * dim, -1});
@@ -117,7 +117,7 @@ void Reader::merge_lora(int64_t block) {
   weight = weight + at::mm(b, a);
 }
 
-void Reader::take_pyra() {
+void CheckpointReader::take_pyra() {
   MergeSpec merge{.name = "pyra", .schedule = {}, .parameters = {}, .learned = {}};
   const int64_t dim = model_.config.embed_dim;
   for (int64_t block = 0; block < model_.config.depth; ++block) {
@@ -146,7 +146,7 @@ void Reader::take_pyra() {
 }
 
 /// The rows of a are the tokens that leave: no more than a bipartite merge can take from what is left.
-void Reader::check_schedule(const sdk::Schedule& schedule) const {
+void CheckpointReader::check_schedule(const sdk::Schedule& schedule) const {
   const sdk::Schedule cut = sdk::cut_to_half(schedule, model_.config.shape());
   for (size_t block = 0; block < cut.remove.size(); ++block)
     if (cut.remove[block] != schedule.remove[block])
@@ -164,7 +164,7 @@ bool is_pyra_checkpoint(const NamedTensors& named) {
 }
 
 ModelFile pyra_checkpoint_model(const NamedTensors& named, const ModelFile* base, const ReadModelOptions& options) {
-  return Reader(named, options).read(base);
+  return CheckpointReader(named, options).read(base);
 }
 
 }  // namespace pyra::io

@@ -11,7 +11,7 @@ namespace {
 using Kind = Pickle::Kind;
 using Value = Pickle::Value;
 
-constexpr size_t kMaxRank = 64;
+constexpr size_t kMaxTensorRank = 64;
 constexpr std::string_view kTensor = "torch._utils._rebuild_tensor_v2", kParameter = "torch._utils._rebuild_parameter";
 
 struct StorageType {
@@ -143,8 +143,8 @@ int64_t StateReader::integer(const Value& value, const std::string& name, const 
 }
 
 std::vector<int64_t> StateReader::integers(const Value& value, const std::string& name, const char* what) const {
-  if (value.kind != Kind::tuple || value.items.size() > kMaxRank)
-    refuse(cat("tensor '", name, "': its ", what, " is no tuple of at most ", kMaxRank, " numbers"));
+  if (value.kind != Kind::tuple || value.items.size() > kMaxTensorRank)
+    refuse(cat("tensor '", name, "': its ", what, " is no tuple of at most ", kMaxTensorRank, " numbers"));
   std::vector<int64_t> numbers;
   for (const Pickle::Ref item : value.items) numbers.push_back(integer(pickle_.at(item), name, what));
   return numbers;

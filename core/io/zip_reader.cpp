@@ -14,7 +14,7 @@ namespace pyra::io {
 namespace {
 
 constexpr size_t kMaxNameBytes = 4096, kBlockBytes = 64 << 10;
-constexpr std::string_view kMagic("PK\x03\x04", 4);
+constexpr std::string_view kZipMagic("PK\x03\x04", 4);
 
 struct Free {
   void operator()(archive* reader) const { archive_read_free(reader); }
@@ -136,10 +136,10 @@ std::string ZipReader::where() const {
 
 bool is_zip(const std::filesystem::path& path) {
   const Descriptor file = open_for_reading(path);
-  char first[kMagic.size()] = {};
+  char first[kZipMagic.size()] = {};
   if (regular_size(file, path) < sizeof first) return false;
   read_at(file, path, 0, first);
-  return std::string_view(first, sizeof first) == kMagic;
+  return std::string_view(first, sizeof first) == kZipMagic;
 }
 
 std::optional<std::string> first_zip_entry(const std::filesystem::path& path) {

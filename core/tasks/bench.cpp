@@ -7,6 +7,7 @@
 #include <cmath>
 #include <map>
 
+#include "base/clock.h"
 #include "tasks/assemble.h"
 #include "tasks/bench_machine.h"
 #include "tasks/bench_stats.h"
@@ -26,10 +27,6 @@ constexpr double kTail = 0.005;
 constexpr double kStableWithin = 0.03;
 constexpr double kWarmUpSeconds = 2;
 constexpr double kMaxControlSeconds = 0.25;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 double process_seconds() {
   timespec now{};

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <deque>
 
+#include "base/clock.h"
 #include "base/error.h"
 #include "data/dataset.h"
 #include "data/loader.h"
@@ -15,10 +16,6 @@ namespace pyra::tasks {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 /// List files without names give "0", "1", …: those say nothing about what the classes are.
 bool are_numbers(const std::vector<std::string>& names) {

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "base/clock.h"
 #include "base/error.h"
 #include "io/atomic_file.h"
 #include "io/json.h"
@@ -26,10 +27,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr int64_t kEvalBatch = 64;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 int64_t element_count(const sdk::TensorMap& tensors) {
   int64_t count = 0;

@@ -18,7 +18,7 @@
 namespace pyra::tasks {
 namespace {
 
-constexpr size_t kMaxImageBytes = 256 << 20, kMaxReportBytes = 64 << 20;
+constexpr size_t kMaxInspectedImage = 256 << 20, kMaxRunReportBytes = 64 << 20;
 constexpr size_t kMaxListedFiles = 1000;
 
 /// The first bytes of a file, enough for every magic number below.
@@ -169,7 +169,7 @@ RunFacts run_facts(const std::filesystem::path& folder) {
       facts.files.push_back(std::filesystem::relative(entry.path(), folder).string());
   std::sort(facts.files.begin(), facts.files.end());
   if (std::filesystem::exists(folder / "report.json"))
-    facts.report = io::read_file(folder / "report.json", kMaxReportBytes);
+    facts.report = io::read_file(folder / "report.json", kMaxRunReportBytes);
   return facts;
 }
 
@@ -185,7 +185,7 @@ DatasetFacts dataset_facts(const std::filesystem::path& path) {
 }
 
 ImageFacts image_facts(const std::filesystem::path& path) {
-  const std::string bytes = io::read_file(path, kMaxImageBytes);
+  const std::string bytes = io::read_file(path, kMaxInspectedImage);
   const data::Image image = data::decode({reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()}, path.string());
   return {image.width, image.height};
 }

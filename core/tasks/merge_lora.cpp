@@ -17,7 +17,7 @@ namespace fs = std::filesystem;
 namespace {
 
 constexpr int64_t kVerifyImages = 8;
-constexpr size_t kMaxReport = size_t{1} << 20;
+constexpr size_t kMaxProvenanceReport = size_t{1} << 20;
 
 at::Tensor noise(int64_t size) {
   at::Tensor images = at::empty({kVerifyImages, 3, size, size}, at::kFloat);
@@ -105,7 +105,7 @@ Tuned open_tuned(const MergeLoraOptions& options, const host::PluginRegistry& pl
 void add_provenance(const RunFolder& run, io::ModelFile& file) {
   file.provenance["pyractl"] = PYRA_VERSION;
   if (!fs::exists(run.report())) return;
-  const nlohmann::json report = io::read_json(run.report(), kMaxReport);
+  const nlohmann::json report = io::read_json(run.report(), kMaxProvenanceReport);
   if (!report.is_object()) return;
   for (const char* key : {"protocol", "test_selected", "accuracy", "test_split", "train_split", "seed", "lr"}) {
     const auto found = report.find(key);

@@ -9,7 +9,7 @@
 namespace pyra::tasks {
 namespace {
 
-constexpr int64_t kBatch = 64;
+constexpr int64_t kLookBatch = 64;
 
 void check_pupil(const io::ModelFile& teacher, const io::ModelFile& student, const std::string& where, bool augmented) {
   const auto& [t, s] = std::tie(teacher.config, student.config);
@@ -45,9 +45,9 @@ Teacher::~Teacher() = default;
 
 at::Tensor Teacher::look(const at::Tensor& images) {
   std::vector<at::Tensor> logits;
-  for (int64_t i = 0; i < images.size(0); i += kBatch) {
+  for (int64_t i = 0; i < images.size(0); i += kLookBatch) {
     stop_if_asked("the teacher's look at the images");
-    logits.push_back(engine_->run(images.narrow(0, i, std::min(kBatch, images.size(0) - i)).contiguous()));
+    logits.push_back(engine_->run(images.narrow(0, i, std::min(kLookBatch, images.size(0) - i)).contiguous()));
   }
   return at::cat(logits);
 }

@@ -11,7 +11,7 @@ namespace pyra::tasks {
 namespace fs = std::filesystem;
 namespace {
 
-constexpr int64_t kBatch = 16;
+constexpr int64_t kVisualizeBatch = 16;
 
 std::string page_name(size_t number) {
   const std::string digits = std::to_string(number);
@@ -114,7 +114,7 @@ VisualizeReport visualize(const VisualizeOptions& options, const host::PluginReg
   progress.begin("visualize", wanted, "images");
   while (gallery.size() < wanted) {
     stop_if_asked("visualize");
-    const std::optional<data::ImageSet> set = reader.next(std::min(kBatch, wanted - gallery.size()));
+    const std::optional<data::ImageSet> set = reader.next(std::min(kVisualizeBatch, wanted - gallery.size()));
     if (!set) break;
     if (set->labels.size(0) > 0) gallery.add(*set);
     progress.update(gallery.size());
