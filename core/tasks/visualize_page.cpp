@@ -96,7 +96,8 @@ void draw_panel(Markup& page, const TokenPicture& picture, const TokenGroups* bl
                 const std::string& pixels) {
   const int64_t side = picture.image.width / picture.patch_size;
   const double x = double(int64_t(number) % kColumns) * (kPanel + kGap);
-  const double y = double(int64_t(number) / kColumns) * (kPanel + kCaption + kGap) + kCaption;
+  const int64_t row = int64_t(number) / kColumns;
+  const double y = double(row) * (kPanel + kCaption + kGap) + kCaption;
   const Groups groups = block ? groups_of(*block) : Groups{};
   page.element("text", {{"x", x}, {"y", y - 6}}, block ? caption_of(*block, groups) : "the image");
   page.open("g", {{"transform", "translate(" + decimal(x, 2) + " " + decimal(y, 2) + ") scale(" +
