@@ -57,9 +57,10 @@ void print_end_to_end(std::ostream& out, const tasks::BenchRow& row, int64_t thr
   std::vector<std::vector<std::string>> lines{{"  stage", "ms a batch", "of one thread", "images/s it allows"}};
   for (const engine::Stage& stage : row.profile) {
     // Files are decoded on all threads; the engine's time is of them all already.
-    const double ms = stage.calls > 1 || stage.name != "compute" ? stage.ms / double(threads) : stage.ms;
-    lines.push_back({"  " + stage.name, rate(ms), stage.name == "compute" ? "" : rate(stage.ms) + " ms",
-                     rate(1e3 * double(row.batch) / ms)});
+    const bool of_one_thread = stage.name != "compute";
+    const double ms = of_one_thread ? stage.ms / double(threads) : stage.ms;
+    lines.push_back(
+        {"  " + stage.name, rate(ms), of_one_thread ? rate(stage.ms) + " ms" : "", rate(1e3 * double(row.batch) / ms)});
   }
   print_table(out, lines);
 }

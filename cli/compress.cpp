@@ -191,22 +191,13 @@ void add_target_options(CLI::App& command, Options& options) {
 void add_search_options(CLI::App& command, Options& options) {
   CLI::Option* search =
       command.add_flag("--search", options.searches, "Train DiffRate's counts on --data instead (on the CPU)");
-  command.add_option("--search-epochs", options.search.epochs, "Passes over its training images")
-      ->type_name("N")
-      ->capture_default_str()
-      ->needs(search);
-  command.add_option("--search-lr", options.search.lr, "Learning rate of the counts' logits")
-      ->type_name("X")
-      ->capture_default_str()
-      ->needs(search);
-  command.add_option("--search-batch", options.search.batch, "Images a step")
-      ->type_name("N")
-      ->capture_default_str()
-      ->needs(search);
-  command.add_option("--seed", options.search.seed, "Of the order of images")
-      ->type_name("N")
-      ->capture_default_str()
-      ->needs(search);
+  const auto add_number = [&](const char* name, auto& value, const char* help, const char* type) {
+    command.add_option(name, value, help)->type_name(type)->capture_default_str()->needs(search);
+  };
+  add_number("--search-epochs", options.search.epochs, "Passes over its training images", "N");
+  add_number("--search-lr", options.search.lr, "Learning rate of the counts' logits", "X");
+  add_number("--search-batch", options.search.batch, "Images a step", "N");
+  add_number("--seed", options.search.seed, "Of the order of images", "N");
   command.add_option("--schedule-out", options.search.schedule_out, "The counts as a file for --schedule")
       ->type_name("FILE.toml")
       ->needs(search);

@@ -63,6 +63,7 @@ void write_list(std::ostream& out, const char* kind, const std::string& heading,
 
 std::vector<std::string> lines_of(const std::vector<tasks::ImageNote>& notes) {
   std::vector<std::string> lines;
+  lines.reserve(notes.size());
   for (const auto& note : notes) lines.push_back(cat(note.image, ": ", note.text));
   return lines;
 }

@@ -100,10 +100,10 @@ Image augmented(const uint8_t* pixels, int64_t size, const Augment& augment, con
 
 namespace {
 
-/// Images first..first+count of the split; those that are bad are in `skipped`, and may be all.
-ImageSet decode_range(const Dataset& dataset, const std::string& split, int64_t first, int64_t count,
-                      const nn::Preprocess& preprocess, BadImages bad, Progress& progress) {
-  const std::span<const Sample> samples = std::span(dataset.split(split)).subspan(size_t(first), size_t(count));
+/// These samples of the split; those that are bad are in `skipped`, and may be all.
+ImageSet decode_samples(const Dataset& dataset, const std::string& split, std::span<const Sample> samples,
+                        const nn::Preprocess& preprocess, BadImages bad, Progress& progress) {
+  const auto count = int64_t(samples.size());
   ImageSet set{.images = allocate_cache(count, preprocess.size, split),
                .labels = at::empty({count}, at::kLong),
                .paths = {},
@@ -143,9 +143,22 @@ ImageSet load_split(const Dataset& dataset, const std::string& split, const nn::
   check_not_empty(dataset, split);
   const int64_t count = int64_t(dataset.split(split).size());
   progress.begin(cat("decode ", split), count, "image");
-  ImageSet set = decode_range(dataset, split, 0, count, preprocess, bad, progress);
+  ImageSet set = decode_samples(dataset, split, dataset.split(split), preprocess, bad, progress);
   progress.end();
   if (set.labels.size(0) == 0) fail_all_bad(count, split, set.skipped[0].reason);
+  return set;
+}
+
+ImageSet load_some(const Dataset& dataset, const std::string& split, int64_t count, const nn::Preprocess& preprocess,
+                   BadImages bad) {
+  check_not_empty(dataset, split);
+  const std::vector<Sample>& all = dataset.split(split);
+  const auto total = int64_t(all.size()), wanted = std::min(count, total);
+  std::vector<Sample> samples;
+  samples.reserve(size_t(wanted));
+  for (int64_t i = 0; i < wanted; ++i) samples.push_back(all[size_t((i * total + wanted - 1) / wanted)]);
+  ImageSet set = decode_samples(dataset, split, samples, preprocess, bad, silent_progress());
+  if (set.labels.size(0) == 0) fail_all_bad(wanted, split, set.skipped[0].reason);
   return set;
 }
 
@@ -159,7 +172,9 @@ std::optional<ImageSet> SplitReader::next(int64_t count) {
   while (taken_ < total_) {
     const int64_t first = taken_;
     taken_ = std::min(total_, taken_ + count);
-    ImageSet set = decode_range(dataset_, split_, first, taken_ - first, preprocess_, bad_, silent_progress());
+    const std::span<const Sample> samples =
+        std::span(dataset_.split(split_)).subspan(size_t(first), size_t(taken_ - first));
+    ImageSet set = decode_samples(dataset_, split_, samples, preprocess_, bad_, silent_progress());
     good_ += set.labels.size(0);
     if (first_reason_.empty() && !set.skipped.empty()) first_reason_ = set.skipped[0].reason;
     if (set.labels.size(0) > 0 || taken_ < total_ || good_ > 0) return set;

@@ -33,6 +33,11 @@ struct ImageSet {
 [[nodiscard]] ImageSet load_split(const Dataset& dataset, const std::string& split, const nn::Preprocess& preprocess,
                                   BadImages bad = BadImages::fail, Progress& progress = silent_progress());
 
+/// `count` images (at least 1) spread evenly over the split's list, which is often sorted by class; all of them when it
+/// has fewer. Nothing else is decoded. Errors as load_split's.
+[[nodiscard]] ImageSet load_some(const Dataset& dataset, const std::string& split, int64_t count,
+                                 const nn::Preprocess& preprocess, BadImages bad = BadImages::fail);
+
 /// The images of a split one piece after another, each decoded when it is asked for: memory does not grow with the set,
 /// and what runs the piece before may do so meanwhile.
 class SplitReader {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "base/clock.h"
 #include "base/error.h"
 
 namespace pyra::engine {
@@ -50,7 +51,7 @@ at::Tensor CpuEngine::run(const at::Tensor& given) {
 void CpuEngine::submit(const at::Tensor& images) {
   const auto start = Clock::now();
   at::Tensor logits = run(images);
-  done_.emplace_back(std::move(logits), std::chrono::duration<double>(Clock::now() - start).count());
+  done_.emplace_back(std::move(logits), seconds_since(start));
 }
 
 at::Tensor CpuEngine::collect() {

@@ -106,14 +106,6 @@ std::optional<int64_t> stated_heads(const Tensors& tensors) {
   return heads;
 }
 
-std::optional<nn::VitConfig> named_arch(const std::string& name) {
-  try {
-    return nn::arch_config(name);
-  } catch (const Error&) {
-    return {};  // any text may stand there; the shapes still tell the rest
-  }
-}
-
 bool same_body(const nn::VitConfig& a, const nn::VitConfig& b) {
   return a.embed_dim == b.embed_dim && a.depth == b.depth;
 }
@@ -238,6 +230,14 @@ std::string wrapper_prefix(const NamedTensors& named) {
 
 bool droppable(std::string_view name) {
   return name.starts_with("pre_logits.") || name == "mask_token" || name.starts_with("decoder_");
+}
+
+std::optional<nn::VitConfig> named_arch(const std::string& name) {
+  try {
+    return nn::arch_config(name);
+  } catch (const Error&) {
+    return {};  // any text may stand there; the shapes still tell the rest
+  }
 }
 
 bool is_layer_scale(std::string_view name) {

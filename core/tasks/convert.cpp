@@ -62,14 +62,6 @@ void unpack_torch_file(const fs::path& file, const fs::path& to) {
   });
 }
 
-std::optional<nn::VitConfig> known_arch(const std::string& name) {
-  try {
-    return nn::arch_config(name);
-  } catch (const Error&) {
-    return {};
-  }
-}
-
 /// Shapes do not tell a DeiT from a ViT, nor what either was trained with: names do. `said` is the file's own word;
 /// `stated`: the file has its mean in its metadata.
 void name_model(io::ModelFile& model, const std::string& said, const fs::path& file, bool stated) {
@@ -77,7 +69,7 @@ void name_model(io::ModelFile& model, const std::string& said, const fs::path& f
   std::string stem = file.stem().string();
   stem = stem.substr(0, stem.find_first_of("-."));
   for (const std::string& name : {said, stem}) {
-    const auto known = known_arch(name);
+    const auto known = io::named_arch(name);
     const bool fits = known && known->embed_dim == config.embed_dim && known->depth == config.depth &&
                       known->patch_size == config.patch_size;
     // MAE's published files are called mae_pretrain_vit_base and the like.

@@ -11,18 +11,12 @@
 #include "io/atomic_file.h"
 #include "tasks/assemble.h"
 #include "tasks/predictions.h"
+#include "tasks/tuned_model.h"
 
 namespace pyra::tasks {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-/// List files without names give "0", "1", …: those say nothing about what the classes are.
-bool are_numbers(const std::vector<std::string>& names) {
-  for (size_t i = 0; i < names.size(); ++i)
-    if (names[i] != std::to_string(i)) return false;
-  return true;
-}
 
 /// A field as RFC 4180 wants it.
 std::string csv_field(const std::string& text) {
@@ -144,7 +138,7 @@ void check_classes(const io::ModelFile& model, const std::string& model_path, co
     fail(ExitCode::input, model_path, " tells ", model.config.num_classes, " classes apart and ", data_path, " has ",
          dataset.num_classes(), ": they do not belong together; fine-tune a head for this data (`pyractl finetune`)");
   const auto &known = model.class_names, &given = dataset.class_names();
-  if (known.empty() || are_numbers(known) || are_numbers(given)) return;
+  if (known.empty() || are_numbered(known) || are_numbered(given)) return;
   for (size_t i = 0; i < known.size(); ++i)
     if (known[i] != given[i])
       fail(ExitCode::input, "class ", i, " is '", known[i], "' in ", model_path, " and '", given[i], "' in ", data_path,

@@ -30,34 +30,15 @@ std::unique_ptr<nn::Vit> feature_model(const Model& model, bool merged) {
 at::Tensor run_all(const nn::Vit& vit, const nn::Preprocess& preprocess, const at::Tensor& images,
                    const engine::EngineOptions& options, int64_t batch) {
   const auto engine = engine::make_engine(vit, preprocess, options);
-  std::vector<at::Tensor> parts;
-  for (int64_t i = 0; i < images.size(0); i += batch) {
-    stop_if_asked("the search");
-    parts.push_back(engine->run(images.narrow(0, i, std::min(batch, images.size(0) - i)).contiguous()));
-  }
-  return at::cat(parts);
+  return run_in_batches(*engine, images, batch, "the search");
 }
 
 }  // namespace
 
 JudgeImages images_of_split(const data::Dataset& dataset, const std::string& split, int64_t count,
                             const nn::Preprocess& preprocess) {
-  constexpr int64_t kPiece = 256;
-  data::SplitReader reader(dataset, split, preprocess, data::BadImages::skip);
-  const int64_t wanted = std::min(count, reader.total());
-  std::vector<at::Tensor> images, labels;
-  int64_t seen = 0, taken = 0;
-  // Lists are often sorted by class: the images are taken evenly from first to last.
-  while (const std::optional<data::ImageSet> set = reader.next(kPiece)) {
-    stop_if_asked("reading images");
-    for (int64_t i = 0; i < set->labels.size(0); ++i, ++seen) {
-      if (seen * wanted / reader.total() < taken) continue;
-      images.push_back(set->images[i].clone());
-      labels.push_back(set->labels[i]);
-      ++taken;
-    }
-  }
-  return {at::stack(images), at::stack(labels)};
+  const data::ImageSet set = data::load_some(dataset, split, count, preprocess, data::BadImages::skip);
+  return {set.images, set.labels};
 }
 
 JudgeImages noise_images(int64_t count, int64_t size) {

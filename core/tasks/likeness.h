@@ -13,7 +13,7 @@ struct JudgeImages {
   at::Tensor images, labels;
 };
 
-/// `count` images of a split, spread evenly over it; all of them when it has fewer.
+/// `count` images of a split, spread evenly over it (data::load_some), without those that cannot be read.
 [[nodiscard]] JudgeImages images_of_split(const data::Dataset& dataset, const std::string& split, int64_t count,
                                           const nn::Preprocess& preprocess);
 /// Seeded noise with a spectrum that falls with frequency as photographs' do: for models without data at hand.

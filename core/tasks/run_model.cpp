@@ -117,6 +117,15 @@ void check_keys(const std::vector<std::string>& set, const std::vector<std::stri
   }
 }
 
+at::Tensor run_in_batches(engine::Engine& engine, const at::Tensor& images, int64_t batch, std::string_view what) {
+  std::vector<at::Tensor> logits;
+  for (int64_t first = 0; first < images.size(0); first += batch) {
+    stop_if_asked(what);
+    logits.push_back(engine.run(images.narrow(0, first, std::min(batch, images.size(0) - first)).contiguous()));
+  }
+  return at::cat(logits);
+}
+
 void stop_if_asked(std::string_view what) {
   if (const int signal_number = pending_signal())
     fail(static_cast<ExitCode>(128 + signal_number), "stopped by signal ", signal_number, " during ", what);

@@ -1,5 +1,7 @@
 // What every task that runs a model file is told, and the model made of it.
 #pragma once
+#include <ATen/core/Tensor.h>
+
 #include <filesystem>
 #include <string>
 #include <string_view>
@@ -7,6 +9,9 @@
 
 namespace pyra::host {
 class PluginRegistry;
+}
+namespace pyra::engine {
+class Engine;
 }
 
 namespace pyra::io {
@@ -41,6 +46,10 @@ void change_preprocess(nn::Preprocess& preprocess, const io::Recipe& asked);
 /// Throws Error(usage) naming the nearest key unless every "key=value" has a key of `known`; a key ending in ".*"
 /// stands for all that begin so.
 void check_keys(const std::vector<std::string>& set, const std::vector<std::string>& known);
+
+/// Logits of `images` (as engine::Engine::run takes them), `batch` at a time; `what` is for stop_if_asked.
+[[nodiscard]] at::Tensor run_in_batches(engine::Engine& engine, const at::Tensor& images, int64_t batch,
+                                        std::string_view what);
 
 /// Between two pieces of work: throws Error(130 or 143) when a signal asked for the end. `what` was being done.
 void stop_if_asked(std::string_view what);

@@ -4,6 +4,7 @@
 
 #include <chrono>
 
+#include "base/clock.h"
 #include "base/philox.h"
 #include "tasks/bench_stats.h"
 #include "tasks/run_model.h"
@@ -19,10 +20,6 @@ at::Tensor timing_images(int64_t batch, int64_t size) {
   float* values = images.mutable_data_ptr<float>();
   for (int64_t i = 0; i < images.numel(); ++i) values[i] = 2 * random.uniform(uint64_t(i)) - 1;
   return images;
-}
-
-double elapsed(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
 }  // namespace
@@ -47,7 +44,7 @@ Timing Stopwatch::time(const nn::Vit& compressed, int64_t pairs, double seconds)
   static_cast<void>(once(*engine));
   std::vector<double> dense_times, times, ratios;
   for (const auto start = Clock::now();
-       int64_t(ratios.size()) < pairs || (int64_t(ratios.size()) < 4 * pairs && elapsed(start) < seconds);) {
+       int64_t(ratios.size()) < pairs || (int64_t(ratios.size()) < 4 * pairs && seconds_since(start) < seconds);) {
     stop_if_asked("timing");
     dense_times.push_back(once(*dense_));
     times.push_back(once(*engine));

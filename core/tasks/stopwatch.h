@@ -26,9 +26,6 @@ class Stopwatch {
   /// Error(130 or 143) when a signal came.
   [[nodiscard]] Timing time(const nn::Vit& compressed, int64_t pairs, double seconds) const;
 
-  [[nodiscard]] const engine::EngineOptions& options() const { return options_; }
-  [[nodiscard]] const nn::Preprocess& preprocess() const { return preprocess_; }
-
  private:
   [[nodiscard]] double once(engine::Engine& engine) const;
 

@@ -44,12 +44,7 @@ Teacher::Teacher(const io::Recipe& recipe, const io::ModelFile& student, const s
 Teacher::~Teacher() = default;
 
 at::Tensor Teacher::look(const at::Tensor& images) {
-  std::vector<at::Tensor> logits;
-  for (int64_t i = 0; i < images.size(0); i += kLookBatch) {
-    stop_if_asked("the teacher's look at the images");
-    logits.push_back(engine_->run(images.narrow(0, i, std::min(kLookBatch, images.size(0) - i)).contiguous()));
-  }
-  return at::cat(logits);
+  return run_in_batches(*engine_, images, kLookBatch, "the teacher's look at the images");
 }
 
 std::function<at::Tensor(const engine::TrainStep&)> Teacher::over(const data::ImageSet& set) {

@@ -4,6 +4,7 @@
 
 #include <chrono>
 
+#include "base/clock.h"
 #include "train/cpu_trainer.h"
 
 namespace pyra::train {
@@ -12,10 +13,6 @@ namespace {
 /// How far a GPU may be behind: enough that it never waits for the loop, few enough that a run which diverges stops
 /// soon.
 constexpr int64_t kStepsAhead = 32;
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
 
 int64_t steps_in(const data::ImageSet& images, int64_t batch) {
   return std::max<int64_t>(1, images.labels.size(0) / batch);

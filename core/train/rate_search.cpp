@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cmath>
 
+#include "base/clock.h"
 #include "base/error.h"
 
 namespace pyra::train {
@@ -165,7 +166,7 @@ void RateSearch::step() {
   optimiser_.step(settings_.lr, settings_.lr);
   last_cross_entropy_ = cross_entropy.item<double>();
   last_macs_ = int64_t(std::llround(macs.item<double>()));
-  position_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  position_.seconds += seconds_since(start);
   advance((logits.detach().argmax(1) == batch.labels).sum().item<int64_t>(), images_per_step());
 }
 

@@ -6,6 +6,7 @@
 #include "goldens.h"
 #include "io/io_support.h"
 #include "support.h"
+#include "tensor_maps.h"
 #include "train/loop.h"
 
 using namespace pyra;
@@ -141,14 +142,6 @@ double relative_difference(const sdk::TensorMap& a, const sdk::TensorMap& b, con
   return difference / largest;
 }
 
-void check_bits(const sdk::TensorMap& a, const sdk::TensorMap& b) {
-  REQUIRE(a.size() == b.size());
-  for (const auto& [name, tensor] : a) {
-    CAPTURE(name);
-    CHECK(at::equal(tensor, b.at(name)));
-  }
-}
-
 }  // namespace
 
 TEST_CASE("a GPU's steps give the fixture's gradients, losses and tensors", "[gpu][parity]") {
@@ -247,7 +240,7 @@ TEST_CASE("a GPU's run is bit-equal when repeated and when resumed", "[gpu]") {
   for (const auto precision : {engine::Precision::fp32, engine::Precision::bf16}) {
     const LoopSettings settings = settings_on("cuda:0", precision);
     const Run whole = run(kMethods[0], images, settings), again = run(kMethods[0], images, settings);
-    check_bits(whole.state, again.state);
+    check_equal(whole.state, again.state);
     nn::Vit model = make_model(kMethods[0]);
     Loop begun(model, images, {.size = kSide}, settings);
     for (int i = 0; i < 4; ++i) (void)begun.step();
@@ -257,7 +250,7 @@ TEST_CASE("a GPU's run is bit-equal when repeated and when resumed", "[gpu]") {
     rest.restore(begun.position(), copies(begun.state()), "test");
     while (!rest.finished()) (void)rest.step();
     rest.settle();
-    check_bits(rest.state(), whole.state);
+    check_equal(rest.state(), whole.state);
   }
 }
 

@@ -51,6 +51,30 @@ TempDir& fill(TempDir& folder, const std::string& list) {
   return folder;
 }
 
+TEST_CASE("some images of a split are spread over it, and no other is decoded") {
+  const Dataset dataset = Dataset::open(kDemo);
+  const nn::Preprocess preprocess{.size = 40};
+  const ImageSet all = load_split(dataset, "val200", preprocess);
+  for (const int64_t count : {1, 3, 64, 200, 1000}) {
+    const ImageSet some = load_some(dataset, "val200", count, preprocess);
+    const int64_t wanted = std::min<int64_t>(count, 200);
+    REQUIRE(some.labels.size(0) == wanted);
+    for (int64_t i = 0; i < wanted; ++i) {
+      const int64_t at = (i * 200 + wanted - 1) / wanted;
+      CHECK(some.paths[size_t(i)] == all.paths[size_t(at)]);
+      CHECK(at::equal(some.images[i], all.images[at]));
+      CHECK(some.labels[i].item<int64_t>() == all.labels[at].item<int64_t>());
+    }
+  }
+  TempDir folder;
+  // The second of four is not among the two that are asked for, so nobody hears of it.
+  const Dataset bad = Dataset::open(
+      fill(folder, "images/rgb_q90.jpg 0\nimages/cut.jpg 1\nimages/rgb_q90.jpg 1\nimages/text.png 0\n").path());
+  CHECK(load_some(bad, "test", 2, preprocess).skipped.empty());
+  CHECK(load_some(bad, "test", 4, preprocess, BadImages::skip).skipped.size() == 2);
+  check_error(ExitCode::input, {"cut.jpg"}, [&] { (void)load_some(bad, "test", 4, preprocess); });
+}
+
 TEST_CASE("a split is decoded in its order, whatever the number of threads") {
   const Dataset dataset = Dataset::open(kDemo);
   const nn::Preprocess preprocess{.size = 40};

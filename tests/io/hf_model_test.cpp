@@ -8,6 +8,7 @@
 #include "io/safetensors.h"
 #include "nn/vit.h"
 #include "support.h"
+#include "tensor_maps.h"
 
 using namespace pyra;
 using namespace pyra::io;
@@ -21,14 +22,6 @@ const fs::path kFixtures = fs::path(PYRA_TEST_DATA) / "hf";
 at::Tensor logits_of(const ModelFile& file, const at::Tensor& images) {
   const at::NoGradGuard no_gradients;
   return nn::Vit(file.config, file.weights).forward(images);
-}
-
-void check_same_weights(const ModelFile& a, const ModelFile& b) {
-  REQUIRE(a.weights.size() == b.weights.size());
-  for (const auto& [name, tensor] : a.weights) {
-    CAPTURE(name);
-    CHECK(at::equal(tensor, b.weights.at(name)));
-  }
 }
 
 /// A copy of the ViT fixture to change.
@@ -63,7 +56,7 @@ TEST_CASE("folders of transformers give its logits", "[hf]") {
   CHECK(vit.preprocess.mean == std::array<float, 3>{0.5f, 0.5f, 0.5f});
   CHECK(deit.config.distilled);
   CHECK(deit.class_names.empty());
-  check_same_weights(vit, read_model(kFixtures / "vit_sharded"));
+  test::check_equal(vit.weights, read_model(kFixtures / "vit_sharded").weights);
   CHECK(read_model(kFixtures / "vit", {.image_size = 32}).config.tokens() == 65);
 }
 
@@ -83,7 +76,7 @@ TEST_CASE("the spelling of transformers 5 and files without a classifier are rea
     }
     CHECK(tensors.contains("vit.layers.1.attention.k_proj.bias"));
   });
-  check_same_weights(read_model(modules), vit);
+  test::check_equal(read_model(modules).weights, vit.weights);
   rewrite(bare, [](sdk::TensorMap& tensors) {
     sdk::TensorMap renamed;
     for (const auto& [name, tensor] : tensors)
@@ -117,7 +110,7 @@ TEST_CASE("what is written as a folder is read back the same", "[hf]") {
     model.preprocess.mean = {0.1f, 0.2f, 0.3f};
     write_model(dir / name, model, ModelFormat::hf);
     const ModelFile again = read_model(dir / name);
-    check_same_weights(model, again);
+    test::check_equal(model.weights, again.weights);
     CHECK(again.config == model.config);
     CHECK(again.preprocess == model.preprocess);
     CHECK(again.class_names == model.class_names);

@@ -14,21 +14,9 @@
 #include "nn/vit.h"
 #include "support.h"
 #include "tasks/finetune.h"
+#include "tiny_vit.h"
 
 namespace pyra::test {
-
-inline constexpr int64_t kTinyClasses = 3;
-
-inline nn::VitConfig tiny_config() {
-  return {.arch = "tiny",
-          .image_size = 16,
-          .patch_size = 4,
-          .embed_dim = 32,
-          .depth = 2,
-          .num_heads = 2,
-          .mlp_dim = 64,
-          .num_classes = kTinyClasses};
-}
 
 /// A 16 x 16 PPM in which the channel of its class is bright.
 inline std::string tiny_image(uint64_t number, int64_t label) {

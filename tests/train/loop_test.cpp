@@ -6,6 +6,8 @@
 #include "goldens.h"
 #include "io/io_support.h"
 #include "support.h"
+#include "tensor_maps.h"
+#include "tiny_vit.h"
 
 using namespace pyra;
 using train::Loop;
@@ -13,23 +15,10 @@ using train::LoopSettings;
 
 namespace {
 
-constexpr int64_t kClasses = 3;
-
-nn::VitConfig tiny_config() {
-  return {.arch = "tiny",
-          .image_size = 16,
-          .patch_size = 4,
-          .embed_dim = 32,
-          .depth = 2,
-          .num_heads = 2,
-          .mlp_dim = 64,
-          .num_classes = kClasses};
-}
-
 /// A tiny model with LoRA (dropout on) and PYRA: everything random and everything learned that a run can have.
 nn::Vit tiny_model() {
-  nn::Vit vit(tiny_config(), nn::random_weights(tiny_config(), 3));
-  const sdk::ModelShape shape = tiny_config().shape();
+  nn::Vit vit(test::tiny_config(), nn::random_weights(test::tiny_config(), 3));
+  const sdk::ModelShape shape = test::tiny_config().shape();
   auto peft = std::make_unique<nn::PeftSetup>();
   peft->name = "lora";
   peft->method = test::built_plugins().peft("lora", {{"rank", int64_t{2}}, {"dropout", 0.2}}, "test");
@@ -52,12 +41,12 @@ data::ImageSet tiny_images(int64_t n) {
       .images = at::empty({n, 16, 16, 3}, at::kByte), .labels = at::empty({n}, at::kLong), .paths = {}, .skipped = {}};
   const Philox random(4, RandomStream::init);
   for (int64_t i = 0; i < n; ++i) {
-    set.labels[i] = i % kClasses;
+    set.labels[i] = i % test::kTinyClasses;
     set.paths.push_back(cat(i));
     auto* pixels = set.images[i].data_ptr<uint8_t>();
     for (int64_t p = 0; p < 16 * 16 * 3; ++p) {
       const uint64_t noise = random.below(uint64_t(i * 768 + p), 100);
-      pixels[p] = uint8_t(noise + (p % 3 == i % kClasses ? 150 : 0));
+      pixels[p] = uint8_t(noise + (p % 3 == i % test::kTinyClasses ? 150 : 0));
     }
   }
   return set;
@@ -73,20 +62,6 @@ LoopSettings tiny_settings() {
 
 const nn::Preprocess kPreprocess{.size = 16};
 
-sdk::TensorMap copies(const sdk::TensorMap& state) {
-  sdk::TensorMap out;
-  for (const auto& [name, tensor] : state) out.emplace(name, tensor.clone());
-  return out;
-}
-
-void check_equal(const sdk::TensorMap& a, const sdk::TensorMap& b) {
-  REQUIRE(a.size() == b.size());
-  for (const auto& [name, tensor] : a) {
-    CAPTURE(name);
-    CHECK(at::equal(tensor, b.at(name)));
-  }
-}
-
 }  // namespace
 
 TEST_CASE("a loop restored before any step ends bit-equal to the unbroken one", "[loop]") {
@@ -97,7 +72,7 @@ TEST_CASE("a loop restored before any step ends bit-equal to the unbroken one", 
   REQUIRE(whole.steps_per_epoch() == 3);
   int64_t epochs = 0;
   while (!whole.finished()) {
-    snapshots.emplace_back(whole.position(), copies(whole.state()));
+    snapshots.emplace_back(whole.position(), test::copies(whole.state()));
     const auto epoch = whole.step();
     CHECK(epoch.has_value() == (whole.position().batch == 0));
     if (epoch) CHECK(epoch->epoch == epochs++);
@@ -110,7 +85,7 @@ TEST_CASE("a loop restored before any step ends bit-equal to the unbroken one", 
     Loop rest(other, images, kPreprocess, tiny_settings());
     rest.restore(position, tensors, "test");
     while (!rest.finished()) (void)rest.step();
-    check_equal(rest.state(), whole.state());
+    test::check_equal(rest.state(), whole.state());
   }
 }
 
@@ -154,7 +129,7 @@ TEST_CASE("the merger's tensors may take a rate of their own", "[loop]") {
     nn::Vit model = tiny_model();
     settings.merge_lr = merge_lr;
     Loop loop(model, images, kPreprocess, settings);
-    const sdk::TensorMap before = copies(loop.state());
+    const sdk::TensorMap before = test::copies(loop.state());
     (void)loop.step();
     std::map<std::string, double> largest;
     for (const auto& [name, tensor] : loop.state()) {
@@ -172,7 +147,7 @@ TEST_CASE("the merger's tensors may take a rate of their own", "[loop]") {
   CHECK(slow["rest"] == Approx(same["rest"]));
 }
 
-TEST_CASE("a time limit ends training and squeezes the schedule", "[loop]") {
+TEST_CASE("a time limit ends training and squeezes the schedule", "[loop][timed]") {
   const data::ImageSet images = tiny_images(16);
   nn::Vit model = tiny_model();
   LoopSettings settings = tiny_settings();
@@ -200,7 +175,7 @@ TEST_CASE("what is not finite stops training and changes nothing", "[loop]") {
   sdk::TensorMap before;
   try {
     while (!loop.finished()) {
-      before = copies(loop.state());
+      before = test::copies(loop.state());
       (void)loop.step();
     }
   } catch (const train::Diverged& error) {
@@ -216,13 +191,13 @@ TEST_CASE("a state of another model is refused by its tensor", "[loop]") {
   const data::ImageSet images = tiny_images(16);
   nn::Vit model = tiny_model();
   Loop loop(model, images, kPreprocess, tiny_settings());
-  sdk::TensorMap state = copies(loop.state());
+  sdk::TensorMap state = test::copies(loop.state());
   state["value.head.weight"] = at::zeros({7, 32});
   const auto restore = [&] { loop.restore({}, state, "last.safetensors"); };
   test::check_error(ExitCode::input, {"last.safetensors", "value.head.weight", "7, 32"}, restore);
   state.erase("value.head.weight");
   test::check_error(ExitCode::input, {"value.head.weight", "missing"}, restore);
-  state = copies(loop.state());
+  state = test::copies(loop.state());
   state["value.extra"] = at::zeros({1});
   test::check_error(ExitCode::input, {"last.safetensors"}, restore);
 }

@@ -7,6 +7,7 @@
 #include "base/philox.h"
 #include "goldens.h"
 #include "support.h"
+#include "tiny_vit.h"
 #include "train/rate_search.h"
 
 using namespace pyra;
@@ -16,17 +17,7 @@ using train::Rates;
 
 namespace {
 
-nn::VitConfig tiny_config(bool distilled = false) {
-  return {.arch = "tiny",
-          .image_size = 16,
-          .patch_size = 4,
-          .embed_dim = 32,
-          .depth = 4,
-          .num_heads = 2,
-          .mlp_dim = 64,
-          .num_classes = 3,
-          .distilled = distilled};
-}
+constexpr int64_t kDepth = 4;
 
 at::Tensor normal(at::IntArrayRef shape, uint64_t seed, double scale = 1) {
   at::Tensor values = at::empty(shape, at::kFloat);
@@ -105,7 +96,7 @@ TEST_CASE("a survival mask is zero or one forward and the probability backward",
 }
 
 TEST_CASE("kept counts never rise, merge no more than prune, and begin with all", "[rates]") {
-  const nn::VitConfig config = tiny_config(GENERATE(false, true));
+  const nn::VitConfig config = test::tiny_config(kDepth, GENERATE(false, true));
   for (uint64_t seed = 0; seed < 50; ++seed) {
     const sdk::TensorMap logits = random_logits(config, 100 * seed);
     const KeptCounts counts = train::kept_counts(train::rates_of(config, logits), config.tokens());
@@ -126,7 +117,7 @@ TEST_CASE("kept counts never rise, merge no more than prune, and begin with all"
 }
 
 TEST_CASE("soft MACs are those of the counts, and every rate feels them", "[rates]") {
-  const nn::VitConfig config = tiny_config();
+  const nn::VitConfig config = test::tiny_config(kDepth);
   const sdk::TensorMap logits = random_logits(config, 7);
   const Rates rates = train::rates_of(config, logits);
   const KeptCounts counts = train::kept_counts(rates, config.tokens());
@@ -145,7 +136,7 @@ TEST_CASE("soft MACs are those of the counts, and every rate feels them", "[rate
 }
 
 TEST_CASE("masks leave as many tokens as the counts say, protected ones in place", "[rates]") {
-  const nn::VitConfig config = tiny_config(GENERATE(false, true));
+  const nn::VitConfig config = test::tiny_config(kDepth, GENERATE(false, true));
   const Rates rates = train::rates_of(config, random_logits(config, GENERATE(1, 2, 3)));
   const KeptCounts counts = train::kept_counts(rates, config.tokens());
   const int64_t batch = 3, dim = config.embed_dim;
@@ -168,7 +159,7 @@ TEST_CASE("masks leave as many tokens as the counts say, protected ones in place
 }
 
 TEST_CASE("rates that keep all change nothing", "[rates]") {
-  nn::VitConfig config = tiny_config(GENERATE(false, true));
+  nn::VitConfig config = test::tiny_config(kDepth, GENERATE(false, true));
   if (!config.distilled) config.pool = GENERATE(nn::Pool::token, nn::Pool::avg);
   const nn::Vit vit(config, nn::random_weights(config, 3));
   Rates rates;
@@ -182,7 +173,7 @@ TEST_CASE("rates that keep all change nothing", "[rates]") {
 }
 
 TEST_CASE("an average-pooled model pools what is left", "[rates]") {
-  nn::VitConfig config = tiny_config();
+  nn::VitConfig config = test::tiny_config(kDepth);
   config.pool = nn::Pool::avg;
   const nn::Vit vit(config, nn::random_weights(config, 3));
   const Rates rates = train::rates_of(config, random_logits(config, 1));
@@ -202,14 +193,14 @@ TEST_CASE("an average-pooled model pools what is left", "[rates]") {
 }
 
 TEST_CASE("a soft reduction and a merger exclude each other", "[rates]") {
-  nn::Vit vit(tiny_config(), nn::random_weights(tiny_config(), 3));
-  const Rates rates = train::rates_of(tiny_config(), random_logits(tiny_config(), 1));
-  train::RateMasks masks(tiny_config(), rates, 1);
+  nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
+  const Rates rates = train::rates_of(test::tiny_config(kDepth), random_logits(test::tiny_config(kDepth), 1));
+  train::RateMasks masks(test::tiny_config(kDepth), rates, 1);
   auto setup = std::make_unique<nn::MergeSetup>();
   setup->name = "tome";
   setup->merger = test::built_plugins().merger("tome", {}, "test");
-  setup->schedule =
-      setup->merger->resolve({.text = "1", .remove = {1, 1, 1, 1}, .prune = {}, .merge = {}}, tiny_config().shape());
+  setup->schedule = setup->merger->resolve({.text = "1", .remove = {1, 1, 1, 1}, .prune = {}, .merge = {}},
+                                           test::tiny_config(kDepth).shape());
   vit.set_merge(std::move(setup));
   CHECK_THROWS_AS(vit.forward(at::zeros({1, 3, 16, 16}), {.soft = &masks}), Error);
 }

@@ -6,6 +6,8 @@
 #include "goldens.h"
 #include "io/io_support.h"
 #include "support.h"
+#include "tensor_maps.h"
+#include "tiny_vit.h"
 
 using namespace pyra;
 using train::KeptCounts;
@@ -14,16 +16,7 @@ using train::RateSearchSettings;
 
 namespace {
 
-nn::VitConfig tiny_config() {
-  return {.arch = "tiny",
-          .image_size = 16,
-          .patch_size = 4,
-          .embed_dim = 32,
-          .depth = 4,
-          .num_heads = 2,
-          .mlp_dim = 64,
-          .num_classes = 3};
-}
+constexpr int64_t kDepth = 4;
 
 data::ImageSet random_images(int64_t n) {
   data::ImageSet set{
@@ -40,35 +33,21 @@ data::ImageSet random_images(int64_t n) {
 const nn::Preprocess kPreprocess{.size = 16};
 
 RateSearchSettings settings(double share) {
-  const double dense = double(nn::count_macs(tiny_config()));
+  const double dense = double(nn::count_macs(test::tiny_config(kDepth)));
   return {.target = share * dense, .unit = 0.1 * dense, .lr = 0.1, .epochs = 6, .batch = 8, .seed = 3};
-}
-
-sdk::TensorMap copies(const sdk::TensorMap& tensors) {
-  sdk::TensorMap out;
-  for (const auto& [name, tensor] : tensors) out.emplace(name, tensor.clone());
-  return out;
-}
-
-void check_equal(const sdk::TensorMap& a, const sdk::TensorMap& b) {
-  REQUIRE(a.size() == b.size());
-  for (const auto& [name, tensor] : a) {
-    CAPTURE(name);
-    CHECK(at::equal(tensor, b.at(name)));
-  }
 }
 
 }  // namespace
 
 TEST_CASE("a search moves its counts to the target and leaves the model alone", "[rate_search]") {
   const double share = GENERATE(0.5, 0.85);
-  const nn::Vit vit(tiny_config(), nn::random_weights(tiny_config(), 3));
-  const sdk::TensorMap before = copies(vit.weights());
+  const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
+  const sdk::TensorMap before = test::copies(vit.weights());
   const data::ImageSet images = random_images(27);
   RateSearch search(vit, images, kPreprocess, settings(share));
   const auto distance = [&] {
-    const auto macs = double(nn::count_macs(tiny_config(), search.counts().merge));
-    return std::abs(macs / double(nn::count_macs(tiny_config())) - share);
+    const auto macs = double(nn::count_macs(test::tiny_config(kDepth), search.counts().merge));
+    return std::abs(macs / double(nn::count_macs(test::tiny_config(kDepth))) - share);
   };
   const double at_first = distance();
   while (!search.finished()) search.step();
@@ -76,11 +55,11 @@ TEST_CASE("a search moves its counts to the target and leaves the model alone", 
   CHECK(search.position().step == 6 * 3);
   CHECK(distance() < 0.5 * at_first);
   CHECK(distance() < 0.1);
-  check_equal(vit.weights(), before);
+  test::check_equal(vit.weights(), before);
 }
 
 TEST_CASE("a search that is restored goes on bit for bit", "[rate_search]") {
-  const nn::Vit vit(tiny_config(), nn::random_weights(tiny_config(), 3));
+  const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
   const data::ImageSet images = random_images(27);
   const RateSearchSettings chosen = settings(0.5);
   RateSearch unbroken(vit, images, kPreprocess, chosen);
@@ -88,16 +67,16 @@ TEST_CASE("a search that is restored goes on bit for bit", "[rate_search]") {
   for (const int64_t stop : {0, 1, 3, 7, 17, 18}) {
     RateSearch first(vit, images, kPreprocess, chosen), second(vit, images, kPreprocess, chosen);
     for (int64_t i = 0; i < stop; ++i) first.step();
-    second.restore(first.position(), copies(first.state()), "test");
+    second.restore(first.position(), test::copies(first.state()), "test");
     while (!second.finished()) second.step();
     CAPTURE(stop);
-    check_equal(second.state(), unbroken.state());
+    test::check_equal(second.state(), unbroken.state());
     CHECK(second.counts() == unbroken.counts());
   }
 }
 
 TEST_CASE("another seed is another search", "[rate_search]") {
-  const nn::Vit vit(tiny_config(), nn::random_weights(tiny_config(), 3));
+  const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
   const data::ImageSet images = random_images(27);
   const auto end = [&](uint64_t seed) {
     RateSearchSettings chosen = settings(0.5);
@@ -112,10 +91,10 @@ TEST_CASE("another seed is another search", "[rate_search]") {
 }
 
 TEST_CASE("a state of another search is refused by the tensor's name", "[rate_search]") {
-  const nn::Vit vit(tiny_config(), nn::random_weights(tiny_config(), 3));
+  const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
   const data::ImageSet images = random_images(8);
   RateSearch search(vit, images, kPreprocess, settings(0.5));
-  sdk::TensorMap state = copies(search.state());
+  sdk::TensorMap state = test::copies(search.state());
   state["value.blocks.1.merge_logits"] = at::zeros({3});
   test::check_error(ExitCode::input, {"here: tensor 'value.blocks.1.merge_logits'"},
                     [&] { search.restore({}, state, "here"); });
@@ -124,21 +103,22 @@ TEST_CASE("a state of another search is refused by the tensor's name", "[rate_se
 }
 
 TEST_CASE("a loss that is not finite stops the search before it changes anything", "[rate_search]") {
-  sdk::TensorMap weights = nn::random_weights(tiny_config(), 3);
+  sdk::TensorMap weights = nn::random_weights(test::tiny_config(kDepth), 3);
   weights.at("head.bias")[0] = std::numeric_limits<float>::quiet_NaN();
-  const nn::Vit vit(tiny_config(), std::move(weights));
+  const nn::Vit vit(test::tiny_config(kDepth), std::move(weights));
   const data::ImageSet images = random_images(8);
   RateSearch search(vit, images, kPreprocess, settings(0.5));
-  const sdk::TensorMap before = copies(search.state());
+  const sdk::TensorMap before = test::copies(search.state());
   CHECK_THROWS_AS(search.step(), train::Diverged);
-  check_equal(search.state(), before);
+  test::check_equal(search.state(), before);
   CHECK(search.position().step == 0);
 }
 
 TEST_CASE("nothing to search in one block, or without images", "[rate_search]") {
-  nn::VitConfig shallow = tiny_config();
+  nn::VitConfig shallow = test::tiny_config(kDepth);
   shallow.depth = 1;
-  const nn::Vit one(shallow, nn::random_weights(shallow, 3)), vit(tiny_config(), nn::random_weights(tiny_config(), 3));
+  const nn::Vit one(shallow, nn::random_weights(shallow, 3)),
+      vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
   const data::ImageSet images = random_images(8), none = random_images(0);
   test::check_error(ExitCode::usage, {"one block"}, [&] { RateSearch(one, images, kPreprocess, settings(0.5)); });
   test::check_error(ExitCode::input, {"no image"}, [&] { RateSearch(vit, none, kPreprocess, settings(0.5)); });
@@ -159,7 +139,7 @@ TEST_CASE("logits are found for any count but one patch, which could not train",
 }
 
 TEST_CASE("a search starts from the counts it is given", "[rate_search]") {
-  const nn::Vit vit(tiny_config(), nn::random_weights(tiny_config(), 3));
+  const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
   const data::ImageSet images = random_images(8);
   RateSearchSettings chosen = settings(0.5);
   chosen.start = {.prune = {17, 14, 9, 5}, .merge = {17, 12, 8, 3}};
