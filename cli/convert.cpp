@@ -33,7 +33,9 @@ void add_convert(CLI::App& root, Session& session) {
   auto options = std::make_shared<tasks::ConvertOptions>();
   CLI::App* command = add_command(root, session, "convert",
                                   "Make a model file of a PyTorch checkpoint (.pth), an .npz or another model");
-  command->add_option("FILE", options->file, "torch.save's file, .npz, timm's or ours, or a Hugging Face folder")
+  command
+      ->add_option("FILE", options->file,
+                   "torch.save's file, .npz, timm's or ours, or a folder of the Hugging Face hub")
       ->required()
       ->type_name("");
   command->add_option("--out", options->out, "Model file to write")->required()->type_name("MODEL");

@@ -8,8 +8,8 @@
 #include <cstdio>
 #include <utility>
 
+#include "base/descriptor.h"
 #include "base/error.h"
-#include "io/descriptor.h"
 
 namespace pyra::io {
 namespace fs = std::filesystem;

@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 
 #include "base/error.h"
@@ -26,7 +27,8 @@ class Shards {
  public:
   explicit Shards(const fs::path& folder) : folder_(folder) {
     const fs::path index = folder / cat(kHfWeights, ".index.json");
-    if (!fs::exists(index)) {
+    std::error_code error;
+    if (fs::symlink_status(index, error).type() == fs::file_type::not_found) {  // a broken link is no missing index
       open(kHfWeights);
       return;
     }
@@ -168,7 +170,8 @@ void HfReader::read_processor(ModelFile& model) const {
   preprocess.mean.fill(kDefaultStatistic);
   preprocess.std.fill(kDefaultStatistic);
   const fs::path path = folder_ / "preprocessor_config.json";
-  if (!fs::exists(path)) return;
+  std::error_code error;
+  if (fs::symlink_status(path, error).type() == fs::file_type::not_found) return;
   const nlohmann::json document = read_json(path, kMaxJson);
   const JsonFields fields(document, path.string());
   const auto channels = [&](const char* key, std::array<float, 3>& to) {
@@ -179,8 +182,15 @@ void HfReader::read_processor(ModelFile& model) const {
   };
   channels("image_mean", preprocess.mean);
   channels("image_std", preprocess.std);
+  if (fields.has("do_normalize") && !fields.boolean("do_normalize")) {
+    preprocess.mean.fill(0);
+    preprocess.std.fill(1);
+  }
+  for (const float mean : preprocess.mean)
+    if (!std::isfinite(mean)) fields.refuse("image_mean", "holds a number that is not finite");
   for (const float deviation : preprocess.std)
-    if (!(deviation > 0)) fields.refuse("image_std", "holds a number that is not above 0");
+    if (!(deviation > 0 && std::isfinite(deviation)))
+      fields.refuse("image_std", "holds a number that is not above 0 and finite");
   if (!fields.has("do_center_crop") || !fields.boolean("do_center_crop")) return;
   preprocess.mode = nn::ResizeMode::crop;
   if (fields.has("size")) preprocess.shorter = edge_of(fields, "size");

@@ -10,7 +10,7 @@ namespace pyra::io {
 
 inline constexpr const char* kHfWeights = "model.safetensors";
 
-/// Whether a folder holds a config.json.
+/// Whether a folder holds a config.json (which may be timm's, see timm_folder.h).
 [[nodiscard]] bool is_hf_folder(const std::filesystem::path& folder);
 
 /// ViT with a class token's classifier or none, and DeiT with both its classifiers. q, k and v become timm's fused qkv.

@@ -44,7 +44,8 @@ std::vector<std::string> hf_names(const std::string& name, const std::string& mo
   if (name == "cls_token") return {model + ".embeddings.cls_token"};
   if (name == "dist_token") return {model + ".embeddings.distillation_token"};
   if (name == "pos_embed") return {model + ".embeddings.position_embeddings"};
-  const std::string end = name.substr(name.rfind('.'));
+  const size_t dot = name.rfind('.');
+  const std::string end = dot == name.npos ? "" : name.substr(dot);
   if (name.starts_with("patch_embed.proj")) return {model + ".embeddings.patch_embeddings.projection" + end};
   if (name.starts_with("norm.")) return {model + ".layernorm" + end};
   if (name.starts_with("head_dist.")) return {"distillation_classifier" + end};

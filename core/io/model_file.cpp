@@ -8,6 +8,7 @@
 #include "io/model_metadata.h"
 #include "io/npz.h"
 #include "io/safetensors.h"
+#include "io/timm_folder.h"
 #include "io/timm_model.h"
 
 namespace pyra::io {
@@ -110,9 +111,10 @@ ModelFile timm_model(const NamedTensors& named, const ReadModelOptions& options)
 }
 
 ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& options) {
-  ModelFile model = is_hf_folder(path) ? read_hf_model(path)
-                    : is_npz(path)     ? read_augreg_model(path, options)
-                                       : read_file_model(path, options);
+  ModelFile model = is_timm_folder(path) ? read_timm_folder(path, options)
+                    : is_hf_folder(path) ? read_hf_model(path)
+                    : is_npz(path)       ? read_augreg_model(path, options)
+                                         : read_file_model(path, options);
   if (options.image_size && *options.image_size != model.config.image_size) {
     change_image_size(model, *options.image_size, path.string());
   }

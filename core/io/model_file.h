@@ -1,5 +1,5 @@
 // A model on disk: one safetensors file whose metadata entry "pyra" (JSON) is enough to run it anywhere.
-// timm's files (same tensor names, no such entry), Google's .npz and Hugging Face folders are read too.
+// timm's files and folders (same tensor names, no such entry), Google's .npz and Hugging Face folders are read too.
 #pragma once
 #include <filesystem>
 #include <map>
@@ -40,7 +40,8 @@ struct ReadModelOptions {
   std::optional<int64_t> num_heads{};  ///< for files whose names and shapes do not tell
 };
 
-/// Reads ours, timm's, Google's .npz (augreg_model.h), or a Hugging Face folder; Error(input) names file, tensor, got,
+/// Reads ours, timm's, Google's .npz (augreg_model.h), or a folder of the Hugging Face hub (hf_model.h,
+/// timm_folder.h); Error(input) names file, tensor, got,
 /// expected. Half-precision weights become fp32. A config is inferred from shapes where no metadata says it (heads:
 /// from the architecture named in the metadata, else embed_dim / 64). A pickle is never read here (torch_file.h).
 [[nodiscard]] ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& options = {});

@@ -6,8 +6,8 @@
 #include <charconv>
 #include <limits>
 
+#include "base/descriptor.h"
 #include "base/error.h"
-#include "io/descriptor.h"
 #include "io/zip_reader.h"
 
 namespace pyra::io {

@@ -87,6 +87,7 @@ class AdapterReader {
   void check_terms() const;
   void check_saved() const;
   void put(const Slot& slot, const at::Tensor& value);
+  void refuse_scaled(const Slot& slot, const std::string& key) const;
   [[nodiscard]] at::Tensor value(const std::string& key) const;
   [[nodiscard]] std::string base_hint() const;
   [[noreturn]] void refuse_shape(const std::string& key, const std::vector<int64_t>& expected) const;
@@ -183,6 +184,17 @@ void AdapterReader::put(const Slot& slot, const at::Tensor& value) {
   whole.narrow(0, slot.part * slot.shape[0], slot.shape[0]).copy_(value);
 }
 
+/// LayerScale is folded into what it follows, and what was trained in front of it would have to be scaled too. Ours was
+/// trained beside the folded layer.
+void AdapterReader::refuse_scaled(const Slot& slot, const std::string& key) const {
+  const bool scaled =
+      slot.tensor.find(".attn.proj.") != std::string::npos || slot.tensor.find(".mlp.fc2.") != std::string::npos;
+  if (!config_.layer_scale || !scaled || file_.metadata().contains("pyra")) return;
+  fail(ExitCode::input, where_, ": tensor '", printable(key),
+       "' changes a layer in front of the base model's LayerScale,",
+       " which is not supported; merge it with peft (merge_and_unload) and give that model");
+}
+
 void AdapterReader::take_whole_tensors() {
   for (const auto& [name, key] : whole_) {
     if (name.find("pooler.") != std::string::npos) continue;  // a classifier's forward pass does not read it
@@ -191,6 +203,7 @@ void AdapterReader::take_whole_tensors() {
       fail(ExitCode::input, where_, ": tensor '", printable(key), "' is none of the base model's (", base_.config.arch,
            ", depth ", config_.depth, ", names of ", library_of(adapter_.naming.names), ")", base_hint());
     if (shape(key) != slot->second.shape) refuse_shape(key, slot->second.shape);
+    refuse_scaled(slot->second, key);
     put(slot->second, value(key));
     taken_.insert(name);
   }
@@ -216,6 +229,7 @@ void AdapterReader::take_terms() {
            base_.config.arch, ", depth ", config_.depth, ", names of ", library_of(adapter_.naming.names), ")",
            base_hint());
     const Slot& slot = found->second;
+    refuse_scaled(slot, a_key);
     const int64_t rank = adapter_.config.rank_of(module);
     std::vector<int64_t> a_shape = slot.shape, b_shape(slot.shape.size(), 1);
     a_shape[0] = b_shape[1] = rank;
@@ -294,8 +308,9 @@ void check_peft_folder(const fs::path& folder) {
   if (!is_peft_folder(folder))
     fail(ExitCode::input, folder.string(), ": holds no ", kPeftConfig, ": not an adapter of peft's",
          adapters_below(folder));
-  if (fs::exists(folder / kPeftWeights)) return;
-  if (fs::exists(folder / "adapter_model.bin"))
+  std::error_code error;
+  if (fs::exists(folder / kPeftWeights, error)) return;
+  if (fs::exists(folder / "adapter_model.bin", error))
     fail(ExitCode::input, (folder / "adapter_model.bin").string(),
          ": a pickle of an old peft, which is not opened here; load the adapter with peft and save it again "
          "(save_pretrained writes ",

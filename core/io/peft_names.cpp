@@ -17,7 +17,7 @@ std::vector<std::string> peft_names(const std::string& tensor, const PeftNaming&
 
 std::vector<PeftNaming> peft_namings(const nn::VitConfig& config) {
   std::vector<PeftNaming> namings{{}};
-  if (config.pool == nn::Pool::avg) return namings;
+  if (config.pool == nn::Pool::avg || config.registers > 0) return namings;  // transformers' ViT has neither
   for (const PeftNames names : {PeftNames::hf, PeftNames::hf4})
     for (const bool bare : {false, true}) {
       namings.push_back({names, "deit", bare});

@@ -10,6 +10,14 @@
 #include "nn/config.h"
 
 namespace pyra::io {
+bool is_utf8(const std::string& text) {
+  try {
+    return toml::parse("# " + text).empty();
+  } catch (const toml::parse_error&) {
+    return false;
+  }
+}
+
 namespace {
 
 constexpr size_t kMaxRecipeBytes = 1 << 20;
@@ -198,14 +206,6 @@ struct Override {
   toml::table table;  ///< holds the value under "value"
   [[nodiscard]] std::string key() const { return section.empty() ? name : section + "." + name; }
 };
-
-bool is_utf8(const std::string& text) {
-  try {
-    return toml::parse("# " + text).empty();
-  } catch (const toml::parse_error&) {
-    return false;
-  }
-}
 
 toml::table override_value(const std::string& typed, const std::string& where) {
   try {

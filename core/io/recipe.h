@@ -75,4 +75,7 @@ struct Recipe {
 /// The override that sets `key` to this very text, whatever is in it: for options like --model PATH.
 [[nodiscard]] std::string recipe_override(std::string_view key, std::string_view text);
 
+/// Whether a recipe can hold the text.
+[[nodiscard]] bool is_utf8(const std::string& text);
+
 }  // namespace pyra::io

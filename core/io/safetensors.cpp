@@ -3,9 +3,9 @@
 #include <bit>
 #include <cstring>
 
+#include "base/descriptor.h"
 #include "base/error.h"
 #include "io/atomic_file.h"
-#include "io/descriptor.h"
 #include "io/file_kind.h"
 #include "io/json.h"
 #include "io/safetensors_header.h"

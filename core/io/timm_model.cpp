@@ -184,9 +184,8 @@ nn::VitConfig infer_config(const Tensors& tensors, const ReadModelOptions& optio
 
 nn::Preprocess infer_preprocess(const Tensors& tensors, const nn::VitConfig& config) {
   nn::Preprocess preprocess{.size = config.image_size};
-  // DeiT and MAE were trained with ImageNet's statistics, ViT as published with 0.5.
-  if (config.distilled || config.pool == nn::Pool::avg || config.arch.starts_with("deit") ||
-      config.arch.starts_with("mae") || tensors.has("decoder_embed.weight")) {
+  if (config.distilled || config.pool == nn::Pool::avg || has_imagenet_statistics(config.arch) ||
+      tensors.has("decoder_embed.weight")) {
     preprocess.mean = kImageNetMean;
     preprocess.std = kImageNetStd;
   }
@@ -214,8 +213,10 @@ std::string channels_text(const std::array<float, 3>& values) {
 }  // namespace
 
 std::string wrapper_prefix(const NamedTensors& named) {
+  constexpr int kMostWrappers = 8;  // a name may be megabytes of them
   std::string prefix;
-  for (bool more = !named.shapes.empty(); more;) {
+  bool more = !named.shapes.empty();
+  for (int round = 0; more && round < kMostWrappers; ++round) {
     more = false;
     for (const char* wrapper : {"module.", "_orig_mod."}) {
       const std::string longer = prefix + wrapper;
@@ -230,6 +231,10 @@ std::string wrapper_prefix(const NamedTensors& named) {
 
 bool droppable(std::string_view name) {
   return name.starts_with("pre_logits.") || name == "mask_token" || name.starts_with("decoder_");
+}
+
+bool has_imagenet_statistics(std::string_view arch) {
+  return arch.starts_with("deit") || arch.starts_with("mae") || arch.find("dinov2") != arch.npos;
 }
 
 std::optional<nn::VitConfig> named_arch(const std::string& name) {

@@ -17,6 +17,9 @@ inline constexpr std::array<float, 3> kImageNetMean{0.485f, 0.456f, 0.406f}, kIm
 [[nodiscard]] ModelFile describe_timm_model(const NamedTensors& named, const std::string& prefix,
                                             const ReadModelOptions& options);
 
+/// Whether models so called were trained with ImageNet's mean and deviation (DeiT, MAE, DINOv2), not with 0.5.
+[[nodiscard]] bool has_imagenet_statistics(std::string_view arch);
+
 /// nn::arch_config of what a file says of itself, which may be any text: nothing for a name that is not known.
 [[nodiscard]] std::optional<nn::VitConfig> named_arch(const std::string& name);
 

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <set>
 
+#include "base/descriptor.h"
 #include "base/error.h"
-#include "io/descriptor.h"
 #include "io/npz.h"
 #include "io/pickle.h"
 #include "io/torch_state.h"

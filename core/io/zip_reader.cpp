@@ -7,8 +7,8 @@
 #include <limits>
 #include <set>
 
+#include "base/descriptor.h"
 #include "base/error.h"
-#include "io/descriptor.h"
 
 namespace pyra::io {
 namespace {

@@ -118,14 +118,15 @@ Embedding embedding_of(const VitConfig& config, const sdk::TensorMap& weights) {
 }
 
 VitConfig arch_config(const std::string& name) {
+  constexpr size_t kMaxArchBytes = 256;  // std::regex recurses once a character
   // timm appends the name of the pretraining after a dot; it does not change the architecture.
   static const std::regex pattern(
       R"((vit|deit|deit3|mae_vit)_([a-z]+)(_distilled)?_patch([0-9]{1,3})(?:_reg([0-9]{1,2}))?(?:_([0-9]{1,4}))?(_dinov2)?(\..*)?)");
   std::smatch match;
   const Size* size = nullptr;
-  if (std::regex_match(name, match, pattern)) size = find_size(match[2]);
+  if (name.size() <= kMaxArchBytes && std::regex_match(name, match, pattern)) size = find_size(match[2]);
   if (!size)
-    fail(ExitCode::usage, "'", name, "' is not a known architecture", did_you_mean(name, known_archs()),
+    fail(ExitCode::usage, "'", printable(name), "' is not a known architecture", did_you_mean(name, known_archs()),
          " (known: vit_, deit_, deit3_ and mae_vit_ names of sizes tiny, small, base, large and huge, as "
          "vit_base_patch16_224 or vit_base_patch14_reg4_dinov2)");
   VitConfig config;

@@ -24,7 +24,12 @@ std::unique_ptr<nn::MergeSetup> make_setup(const io::MergeSpec& spec, const host
 
 Model load_model(const std::filesystem::path& path, const host::PluginRegistry& plugins,
                  const io::ReadModelOptions& options) {
-  return make_model(io::read_model(path, options), plugins, path.string());
+  try {
+    return make_model(io::read_model(path, options), plugins, path.string());
+  } catch (const Error& error) {
+    if (error.code() != ExitCode::usage || options.image_size) throw;
+    throw Error(ExitCode::input, error.what());  // nothing was asked for: the file is at fault
+  }
 }
 
 Model make_model(io::ModelFile file, const host::PluginRegistry& plugins, const std::string& where) {

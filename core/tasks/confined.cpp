@@ -14,8 +14,8 @@
 #include <fstream>
 #include <new>
 
+#include "base/descriptor.h"
 #include "base/error.h"
-#include "io/descriptor.h"
 #include "tasks/run_model.h"
 
 namespace pyra::tasks {
@@ -48,9 +48,13 @@ class Child {
 };
 
 void limit(int what, uint64_t value) {
-  const rlimit wanted{.rlim_cur = value, .rlim_max = value};
+  rlimit now{};
+  if (getrlimit(static_cast<__rlimit_resource>(what), &now) != 0)
+    fail(ExitCode::internal, "getrlimit: ", system_reason(errno));
+  const rlim_t most = std::min<rlim_t>(value, now.rlim_max);  // what the system's owner set stays
+  const rlimit wanted{.rlim_cur = most, .rlim_max = most};
   if (setrlimit(static_cast<__rlimit_resource>(what), &wanted) != 0)
-    fail(ExitCode::internal, "setrlimit: ", io::system_reason(errno));
+    fail(ExitCode::internal, "setrlimit: ", system_reason(errno));
 }
 
 uint64_t address_space() {
@@ -61,7 +65,7 @@ uint64_t address_space() {
 
 void confine(const Confinement& limits, pid_t parent) {
   if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0)
-    fail(ExitCode::internal, "prctl: ", io::system_reason(errno));
+    fail(ExitCode::internal, "prctl: ", system_reason(errno));
   if (getppid() != parent) _exit(1);  // it ended before the line above
   limit(RLIMIT_CORE, 0);
   limit(RLIMIT_CPU, limits.cpu_seconds);
@@ -124,8 +128,8 @@ std::string receive(int pipe, const std::string& where) {
 [[noreturn]] void fail_died(int status, const Confinement& limits, const std::string& where) {
   const int number = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
   if (number == SIGXCPU || number == SIGKILL)
-    fail(ExitCode::input, where, ": reading it took more than ", limits.cpu_seconds,
-         " s, or it was killed for its memory");
+    fail(ExitCode::input, where, ": reading it took more processor time than is allowed (", limits.cpu_seconds,
+         " s, or the limit of the shell), or it was killed for its memory");
   if (number == SIGXFSZ)
     fail(ExitCode::input, where, ": unpacks to more than ", limits.file_bytes, " bytes, the limit for its size");
   fail(ExitCode::internal, where, ": the process that read it ended by ",
@@ -136,15 +140,15 @@ std::string receive(int pipe, const std::string& where) {
 
 void run_confined(const Confinement& limits, const std::string& where, const std::function<void()>& work) {
   int ends[2] = {-1, -1};
-  if (pipe2(ends, O_CLOEXEC) != 0) fail(ExitCode::device, "pipe: ", io::system_reason(errno));
-  const io::Descriptor read_end(ends[0]);
-  io::Descriptor write_end(ends[1]);
+  if (pipe2(ends, O_CLOEXEC) != 0) fail(ExitCode::device, "pipe: ", system_reason(errno));
+  const Descriptor read_end(ends[0]);
+  Descriptor write_end(ends[1]);
   const pid_t parent = getpid();
   const pid_t number = fork();
-  if (number < 0) fail(ExitCode::device, "fork: ", io::system_reason(errno));
+  if (number < 0) fail(ExitCode::device, "fork: ", system_reason(errno));
   if (number == 0) child_main(limits, parent, write_end.get(), where, work);
   Child child(number);
-  write_end = io::Descriptor();
+  write_end = Descriptor();
   const std::string message = receive(read_end.get(), where);
   const int status = child.wait();
   if (message.empty()) fail_died(status, limits, where);

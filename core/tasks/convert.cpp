@@ -4,13 +4,14 @@
 #include <cstdlib>
 #include <nlohmann/json.hpp>
 
+#include "base/descriptor.h"
 #include "base/error.h"
-#include "io/descriptor.h"
 #include "io/hf_model.h"
 #include "io/npz.h"
 #include "io/pyra_checkpoint.h"
 #include "io/recipe.h"
 #include "io/safetensors.h"
+#include "io/timm_folder.h"
 #include "io/timm_model.h"
 #include "io/torch_file.h"
 #include "tasks/assemble.h"
@@ -33,7 +34,7 @@ class Scratch {
     const fs::path folder = out.parent_path().empty() ? fs::path(".") : out.parent_path();
     std::string name = (folder / ".pyra-convert-XXXXXX").string();
     if (!mkdtemp(name.data()))
-      fail(ExitCode::output, out.string(), ": no folder can be made beside it: ", io::system_reason(errno));
+      fail(ExitCode::output, out.string(), ": no folder can be made beside it: ", system_reason(errno));
     path_ = name;
   }
   ~Scratch() {
@@ -50,7 +51,7 @@ class Scratch {
 
 /// The tensors of a file of torch.save, as the confined process wrote them to `to`.
 void unpack_torch_file(const fs::path& file, const fs::path& to) {
-  const uint64_t bytes = io::regular_size(io::open_for_reading(file), file);
+  const uint64_t bytes = regular_size(open_for_reading(file), file);
   const Confinement limits{.memory_bytes = 3 * bytes + kMemoryMargin,
                            .file_bytes = 2 * bytes + kFileMargin,
                            .cpu_seconds = kCpuSeconds + bytes / kBytesPerSecond};
@@ -73,7 +74,7 @@ void name_model(io::ModelFile& model, const std::string& said, const fs::path& f
     const bool fits = known && known->embed_dim == config.embed_dim && known->depth == config.depth &&
                       known->patch_size == config.patch_size;
     // MAE's published files are called mae_pretrain_vit_base and the like.
-    if (!stated && (fits ? name.starts_with("deit") || name.starts_with("mae") : !known && name.starts_with("mae_"))) {
+    if (!stated && (fits ? io::has_imagenet_statistics(name) : !known && name.starts_with("mae_"))) {
       model.preprocess.mean = io::kImageNetMean;
       model.preprocess.std = io::kImageNetStd;
     }
@@ -102,9 +103,10 @@ class Converter {
  private:
   io::ModelFile whole() {
     refuse_base();
-    source_ = fs::is_directory(options_.file) ? "Hugging Face folder"
-              : io::is_npz(options_.file)     ? "npz"
-                                              : "safetensors";
+    source_ = io::is_timm_folder(options_.file) ? "timm's folder"
+              : io::is_hf_folder(options_.file) ? "Hugging Face folder"
+              : io::is_npz(options_.file)       ? "npz"
+                                                : "safetensors";
     return io::read_model(options_.file, {.image_size = {}, .num_heads = options_.num_heads});
   }
 
@@ -112,6 +114,16 @@ class Converter {
     const Scratch scratch(options_.out);
     const fs::path unpacked = scratch.path() / "tensors.safetensors";
     unpack_torch_file(options_.file, unpacked);
+    try {
+      return from_unpacked(unpacked);
+    } catch (const Error& error) {  // of a file that the user has never seen
+      std::string text = error.what();
+      if (text.starts_with(unpacked.string())) text.replace(0, unpacked.string().size(), options_.file.string());
+      throw Error(error.code(), text);
+    }
+  }
+
+  io::ModelFile from_unpacked(const fs::path& unpacked) {
     const io::SafetensorsFile file(unpacked);
     io::NamedTensors named = io::named_tensors(file);
     named.where = options_.file.string();
@@ -206,7 +218,7 @@ std::string to_json(const ConvertReport& r) {
                         {"params", r.parameters},
                         {"macs", r.macs},
                         {"file_bytes", r.file_bytes}}
-      .dump(2);
+      .dump(2, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
 }  // namespace pyra::tasks

@@ -49,6 +49,12 @@ const Format& parse_format(const std::string& name) {
   fail(ExitCode::usage, "--format ", name, ": expected pyra, timm or hf, or peft, peft-hf or peft-hf4 for an adapter");
 }
 
+/// What cannot be looked at is not there either: whoever opens it says why.
+bool is_there(const fs::path& path) {
+  std::error_code error;
+  return fs::exists(path, error);
+}
+
 /// The tuned model before merging, and what is to be known of the run it comes from.
 struct Tuned {
   Model model;
@@ -59,7 +65,8 @@ struct Tuned {
 
 /// The tuned model as the run left it.
 Tuned open_run(const RunFolder& run, const host::PluginRegistry& plugins) {
-  if (!fs::is_directory(run.path)) fail(ExitCode::input, run.path.string(), ": is no run folder");
+  if (std::error_code error; !fs::is_directory(run.path, error))
+    fail(ExitCode::input, run.path.string(), ": is no run folder");
   // Not in the braces of its own: GCC 12 frees members twice when a later one's initialiser throws.
   Tuned tuned;
   tuned.info = read_adapter_info(run);
@@ -79,11 +86,11 @@ Tuned open_adapter(const MergeLoraOptions& options, const host::PluginRegistry& 
   if (parse_format(options.format).adapter)
     fail(ExitCode::usage, folder, ": is an adapter folder already; --format ", options.format,
          " writes the adapter of a run");
-  if (fs::exists(options.run / kMergeTensors) && !options.drop_merge)
+  if (is_there(options.run / kMergeTensors) && !options.drop_merge)
     fail(ExitCode::usage, folder, ": its model merges tokens (", kMergeTensors,
          "), and an adapter alone does not say how: give the run folder, or --drop-merge to leave the merger out");
   if (const fs::path run = fs::absolute(options.run / "").parent_path().parent_path();
-      fs::exists(RunFolder{run}.recipe()))
+      is_there(RunFolder{run}.recipe()))
     progress.note(cat("image size, normalisation and merger are those of ", options.model.string(),
                       "; `pyractl merge-lora ", run.string(), "` takes the run's own"));
   Tuned tuned;
@@ -95,7 +102,7 @@ Tuned open_adapter(const MergeLoraOptions& options, const host::PluginRegistry& 
 Tuned open_tuned(const MergeLoraOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
   // A run folder has its adapter in a folder of its own.
   if (io::is_peft_folder(options.run)) return open_adapter(options, plugins, progress);
-  if (!options.model.empty() && fs::exists(RunFolder{options.run}.recipe()))
+  if (!options.model.empty() && is_there(RunFolder{options.run}.recipe()))
     fail(ExitCode::usage, options.run.string(), ": a run folder, which names its base model itself: leave --model out");
   if (!options.model.empty()) io::check_peft_folder(options.run);
   return open_run({options.run}, plugins);
@@ -104,7 +111,7 @@ Tuned open_tuned(const MergeLoraOptions& options, const host::PluginRegistry& pl
 /// What the run's report says of the result goes with the model.
 void add_provenance(const RunFolder& run, io::ModelFile& file) {
   file.provenance["pyractl"] = PYRA_VERSION;
-  if (!fs::exists(run.report())) return;
+  if (!is_there(run.report())) return;
   const nlohmann::json report = io::read_json(run.report(), kMaxProvenanceReport);
   if (!report.is_object()) return;
   for (const char* key : {"protocol", "test_selected", "accuracy", "test_split", "train_split", "seed", "lr"}) {
@@ -113,13 +120,21 @@ void add_provenance(const RunFolder& run, io::ModelFile& file) {
   }
 }
 
+/// A link is followed and a last slash taken off, so that the rename stays within one folder.
+fs::path final_place(const fs::path& target) {
+  const fs::path named = target.has_filename() ? target : target.parent_path();
+  std::error_code error;
+  const fs::path real = fs::is_symlink(named, error) ? fs::weakly_canonical(named, error) : named;
+  return error ? named : real;
+}
+
 /// A file or folder that goes away unless it was given its final name.
 class Unverified {
  public:
   Unverified(const fs::path& target, bool folder)
-      : target_(target),
-        path_(target.parent_path() /
-              cat(".", target.stem().string(), ".", getpid(), ".unverified", folder ? "" : ".safetensors")) {}
+      : target_(final_place(target)),
+        path_(target_.parent_path() /
+              cat(".", target_.stem().string(), ".", getpid(), ".unverified", folder ? "" : ".safetensors")) {}
   ~Unverified() {
     std::error_code ignored;
     if (!named_) fs::remove_all(path_, ignored);
@@ -144,6 +159,9 @@ void check_format(const Format& format, const MergeLoraOptions& options, const M
   if (format.adapter && format.for_transformers() && model.file.config.pool == nn::Pool::avg)
     fail(ExitCode::usage, options.run.string(),
          ": transformers' ViT has no average pooling; use --format peft, pyra or timm");
+  if (format.adapter && format.for_transformers() && model.file.config.registers > 0)
+    fail(ExitCode::usage, options.run.string(),
+         ": transformers' ViT has no register tokens; use --format peft, pyra or timm");
 }
 
 /// Writes a run's LoRA, reads it back onto the base model and compares; the size of its tensor file.
@@ -202,7 +220,7 @@ Verification verify_model(const fs::path& path, const nn::Vit& written, const nn
 MergeLoraReport merge_lora(const MergeLoraOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
   const Format& format = parse_format(options.format);
   if (options.out.empty()) fail(ExitCode::usage, "no file to write: give --out MODEL");
-  if (format.is_folder() && fs::exists(options.out))
+  if (format.is_folder() && is_there(options.out))
     fail(ExitCode::usage, options.out.string(), ": is there already; a folder is written anew: give another --out");
   const at::NoGradGuard no_gradients;
   Tuned tuned = open_tuned(options, plugins, progress);
@@ -241,7 +259,7 @@ std::string to_json(const MergeLoraReport& r) {
                           {"relative", r.verification.relative()},
                           {"allowed", kVerifyTolerance},
                           {"moved_plans", r.verification.moved_plans}}}}
-      .dump(2);
+      .dump(2, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
 }  // namespace pyra::tasks

@@ -94,6 +94,17 @@ std::string config_text(const Model& model, const PeftTarget& target, const std:
   return config.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
+/// peft would put the term in front of LayerScale, which is folded into the layer that ours was trained beside.
+void refuse_scaled_sites(const Model& model) {
+  const nn::PeftSetup& peft = *model.vit->peft();
+  for (const sdk::LinearSite& site : nn::linear_sites(model.file.config)) {
+    const bool scaled = site.kind == sdk::LinearKind::proj || site.kind == sdk::LinearKind::fc2;
+    if (model.file.config.layer_scale && scaled && peft.method->low_rank(site, peft.learned))
+      fail(ExitCode::usage, "the LoRA of ", site.name(), " was trained beside a layer with LayerScale folded into it, ",
+           "which peft keeps apart; --format pyra or timm writes the merged model");
+  }
+}
+
 }  // namespace
 
 void write_peft_adapter(const fs::path& folder, const Model& model, const PeftTarget& target, const AdapterInfo& info) {
@@ -101,6 +112,7 @@ void write_peft_adapter(const fs::path& folder, const Model& model, const PeftTa
   if (!peft || peft->name != "lora")
     fail(ExitCode::usage, "the PEFT method '", peft ? peft->name : "none",
          "' is no LoRA, which is all that these adapters can hold; --format pyra, timm or hf writes the merged model");
+  refuse_scaled_sites(model);
   const std::vector<Site> sites = sites_of(model, target);
   const std::array<bool, 3> targeted = targeted_parts(sites);
   sdk::TensorMap tensors;

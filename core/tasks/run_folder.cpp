@@ -57,7 +57,7 @@ std::string config_json(const Model& model, const io::Recipe& recipe) {
       fail(ExitCode::plugin, where, ": ", io::json_reason(error));
     }
   }
-  return config.dump(2) + "\n";
+  return config.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
 /// Every tensor of `target` from the file, all checked before the first is copied.
@@ -96,7 +96,8 @@ void write_adapter(const RunFolder& run, const Model& model, const io::Recipe& r
 }
 
 io::Metadata adapter_metadata(const AdapterInfo& info) {
-  return {{kEntry, nlohmann::json{{"classes", info.classes.names}, {"base", info.base_fingerprint}}.dump()}};
+  const nlohmann::json about{{"classes", info.classes.names}, {"base", info.base_fingerprint}};
+  return {{kEntry, about.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)}};
 }
 
 std::optional<AdapterInfo> parse_adapter_info(const io::Metadata& metadata, const std::string& file) {
@@ -116,7 +117,8 @@ std::optional<AdapterInfo> parse_adapter_info(const io::Metadata& metadata, cons
 
 AdapterInfo read_adapter_info(const RunFolder& run) {
   const fs::path path = adapter_file(run);
-  if (!fs::exists(path)) {
+  std::error_code error;
+  if (!fs::exists(path, error)) {
     fail(ExitCode::input, run.path.string(), ": holds no adapter (", path.string(),
          " is missing): expected a run folder that `pyractl finetune` has finished");
   }

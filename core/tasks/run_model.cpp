@@ -101,6 +101,9 @@ void change_merge(Model& model, const io::Recipe& asked, const std::vector<std::
 void change_preprocess(nn::Preprocess& preprocess, const io::Recipe& asked) {
   if (asked.image_size) preprocess.size = *asked.image_size;
   if (asked.resize) preprocess.mode = *asked.resize == "crop" ? nn::ResizeMode::crop : nn::ResizeMode::squash;
+  // 256 for 224, and in proportion, where the model says nothing that fits.
+  if (preprocess.mode == nn::ResizeMode::crop && preprocess.shorter < preprocess.size)
+    preprocess.shorter = preprocess.size * 256 / 224;
   if (!asked.mean.empty()) std::copy_n(asked.mean.begin(), 3, preprocess.mean.begin());
   if (!asked.std.empty()) std::copy_n(asked.std.begin(), 3, preprocess.std.begin());
 }

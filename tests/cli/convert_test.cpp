@@ -44,6 +44,24 @@ TEST_CASE("convert makes a file that eval runs, of a .pth and of an .npz") {
   CHECK(json_of(shop, "eval m.safetensors --data five --dtype fp32")["loss"] > 0.0);
 }
 
+TEST_CASE("convert takes names that are no UTF-8, and a crop larger than the usual") {
+  const Workshop shop;
+  const RunResult odd = in(shop, "convert model.safetensors --out caf\xe9.safetensors --json");
+  CAPTURE(odd.err);
+  CHECK(odd.exit_code == 0);
+  const auto crop = json_of(
+      shop, cat("convert ", kPth, "vit_wrapped.pth --num-heads 2 --out m.safetensors --set preprocess.resize=crop"));
+  CHECK(crop["preprocess"]["resize"] == "crop");
+  CHECK(json_of(shop, "inspect m.safetensors")["image_size"] == 32);
+  io::ModelFile large = Workshop::model_file();
+  large.config.image_size = large.preprocess.size = 384;
+  large.weights = nn::random_weights(large.config, 7);
+  io::write_model(shop / "large.safetensors", large);
+  json_of(shop, "convert large.safetensors --out cropped.safetensors --set preprocess.resize=crop");
+  const nn::Preprocess preprocess = io::read_model(shop / "cropped.safetensors").preprocess;
+  CHECK((preprocess.mode == nn::ResizeMode::crop && preprocess.size == 384 && preprocess.shorter == 438));
+}
+
 TEST_CASE("convert refuses in one line and writes nothing") {
   using namespace pickled;
   const Workshop shop;

@@ -132,6 +132,11 @@ TEST_CASE("a preprocessor's statistics and sizes are taken over", "[hf]") {
   CHECK(model.preprocess.mean == std::array<float, 3>{0.4f, 0.5f, 0.6f});
   CHECK(model.preprocess.mode == nn::ResizeMode::crop);
   CHECK(model.preprocess.shorter == 18);
+  write_file(processor, R"({"image_mean": [0.4, 0.5, 0.6], "do_normalize": false})");
+  CHECK(read_model(folder).preprocess.mean == std::array<float, 3>{0, 0, 0});
+  CHECK(read_model(folder).preprocess.std == std::array<float, 3>{1, 1, 1});
+  write_file(processor, R"({"image_mean": [1e39, 0, 0]})");
+  check_error(ExitCode::input, {"preprocessor_config.json", "image_mean", "finite"}, [&] { (void)read_model(folder); });
   write_file(processor, R"({"image_std": [0.2, 0, 0.4]})");
   check_error(ExitCode::input, {"preprocessor_config.json", "image_std"}, [&] { (void)read_model(folder); });
   write_file(processor, R"({"do_center_crop": true, "size": 8})");
@@ -165,6 +170,9 @@ TEST_CASE("a folder that is another model's or damaged is refused by file and ke
     CAPTURE(file);
     check_error(ExitCode::input, {"index", "of this folder"}, [&] { (void)read_model(folder); });
   }
+  fs::remove(folder / "model.safetensors.index.json");
+  fs::create_symlink("model.safetensors.index.json", folder / "model.safetensors.index.json");
+  check_error(ExitCode::input, {"index.json"}, [&] { (void)read_model(folder); });
   check_error(ExitCode::input, {"Hugging Face", "give the folder"},
               [&] { (void)read_model(kFixtures / "vit" / kHfWeights); });
 }

@@ -116,6 +116,20 @@ TEST_CASE("the base model's tensors stay as they are", "[peft]") {
   CHECK(at::equal(base.weights.at("blocks.0.attn.qkv.bias"), before));
 }
 
+TEST_CASE("an adapter on a model with register tokens is read, one in front of LayerScale refused", "[peft]") {
+  ModelFile base = timm_base();
+  base.config.registers = 2;
+  base.weights["reg_token"] = at::zeros({1, 2, 32});
+  base.weights["pos_embed"] = at::zeros({1, base.config.tokens(), 32});
+  CHECK(read_peft_adapter(kAdapters / "timm_qkv", base).terms.size() == 2);
+
+  base = timm_base();
+  base.config.layer_scale = true;
+  CHECK(read_peft_adapter(kAdapters / "timm_qkv", base).terms.size() == 2);
+  check_error(ExitCode::input, {"LayerScale", "merge_and_unload"},
+              [&] { (void)read_peft_adapter(kAdapters / "timm_bias_all", base); });
+}
+
 TEST_CASE("names, expressions and layers choose modules as in peft", "[peft]") {
   const auto terms = [](const nlohmann::json& keys) {
     const PeftConfig config = config_of(keys);

@@ -5,6 +5,7 @@
 #include "io/hf_model.h"
 #include "io/io_support.h"
 #include "io/safetensors.h"
+#include "io/timm_folder.h"
 #include "nn/vit.h"
 #include "support.h"
 
@@ -52,6 +53,48 @@ TEST_CASE("families with LayerScale, registers and positions of patches alone gi
     CHECK(model.config.tokens() == 17 + family.registers);
     CHECK(difference(family, model) < 1e-5);
   }
+}
+
+TEST_CASE("a folder of timm's on the hub says what its tensors do not", "[timm]") {
+  const fs::path hub = kFixtures / "hub";
+  REQUIRE(is_timm_folder(hub));
+  const ModelFile model = read_model(hub);
+  CHECK(model.config.num_heads == 2);  // 64 channels a head would be none
+  CHECK(model.preprocess.mean == kImageNetMean);
+  CHECK(model.preprocess.std == kImageNetStd);
+  CHECK(model.class_names == std::vector<std::string>{"a", "b", "c"});
+  const SafetensorsFile expected(kFixtures / "hub_expected.safetensors");
+  const at::NoGradGuard no_gradients;
+  const at::Tensor logits = nn::Vit(model.config, model.weights).forward(expected.tensor("images"));
+  CHECK(test::max_difference(logits, expected.tensor("logits")) < 1e-5);
+  CHECK(read_model(hub, {.image_size = 64}).config.tokens() == 65);
+
+  const test::TempDir dir;
+  fs::copy(hub, dir / "copy");
+  const auto with_config = [&](const std::string& text) { test::put(dir / "copy/config.json", text); };
+  const auto read_copy = [&] { (void)read_model(dir / "copy"); };
+  // As folders were in 2022.
+  with_config(R"({"architecture": "vit_tiny_patch16_224", "num_classes": 3, "mean": [0.1, 0.2, 0.3],
+                  "model_args": {"num_heads": 2}})");
+  CHECK(read_model(dir / "copy").preprocess.mean == std::array<float, 3>{0.1f, 0.2f, 0.3f});
+  with_config(R"({"architecture": 5})");
+  check_error(ExitCode::input, {"config.json", "architecture", "an integer"}, read_copy);
+  with_config(R"({"architecture": "vit", "mean": [0.1, 0.2], "model_args": {"num_heads": 2}})");
+  check_error(ExitCode::input, {"mean", "[0.1,0.2]"}, read_copy);
+  with_config(R"({"architecture": "vit", "label_names": ["a"], "model_args": {"num_heads": 2}})");
+  check_error(ExitCode::input, {"class_names", "3 names"}, read_copy);
+  with_config(R"({"architecture": "vit", "model_args": {"num_heads": 5}})");
+  check_error(ExitCode::input, {"5"}, read_copy);
+  fs::rename(dir / "copy/model.safetensors", dir / "copy/pytorch_model.bin");
+  check_error(ExitCode::input, {"no model.safetensors", "pyractl convert", "pytorch_model.bin"}, read_copy);
+}
+
+TEST_CASE("a name of nothing but wrappers is refused, and soon", "[timm]") {
+  const test::TempDir dir;
+  std::string name;
+  for (int i = 0; i < 500'000; ++i) name += "module.";
+  write_safetensors(dir / "m.safetensors", {{name, at::zeros({1})}});
+  check_error(ExitCode::input, {"m.safetensors"}, [&] { (void)read_model(dir / "m.safetensors"); });
 }
 
 TEST_CASE("such families are the same models after our own file and after timm's", "[timm]") {

@@ -155,6 +155,27 @@ TEST_CASE("a run's LoRA is written for peft and read back the same", "[peft]") {
   for (const auto& name : task.listing()) CHECK(name.find("unverified") == std::string::npos);
 }
 
+TEST_CASE("LoRA beside register tokens or LayerScale leaves as far as peft can say it", "[peft]") {
+  const TinyTask task;
+  nn::VitConfig config = test::tiny_config();
+  config.registers = 2;
+  config.layer_scale = true;
+  io::write_model(task.folder / "model.safetensors", {.config = config,
+                                                      .preprocess = {.size = 16},
+                                                      .class_names = {},
+                                                      .merge = {},
+                                                      .weights = nn::random_weights(config, 3),
+                                                      .provenance = {}});
+  (void)task.finetune("qkv", {"train.epochs=1", "merge.name=none"});
+  (void)task.finetune("fc2", {"train.epochs=1", "merge.name=none", R"(peft.targets=["fc2"])"});
+  CHECK(merge(task.folder / "qkv", {}, task.folder / "peft", "peft").verification.relative() < 1e-5);
+  for (const char* run : {"qkv", "fc2"})
+    check_error(ExitCode::usage, {"register tokens", "--format peft"},
+                [&] { (void)merge(task.folder / run, {}, task.folder / "out", "peft-hf"); });
+  check_error(ExitCode::usage, {"LayerScale", "fc2"},
+              [&] { (void)merge(task.folder / "fc2", {}, task.folder / "out", "peft"); });
+}
+
 TEST_CASE("what an adapter cannot say is refused before anything is written", "[peft]") {
   const TinyTask task;
   const fs::path run = task.folder / "run", adapter = run / "adapter", base = task.folder / "model.safetensors";

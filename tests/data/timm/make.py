@@ -8,8 +8,10 @@ Each NAME.safetensors holds the model as people save it; NAME_expected.safetenso
 import argparse
 import pathlib
 
+import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models._hub import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
 HERE = pathlib.Path(__file__).parent
@@ -42,6 +44,20 @@ def make(name):
         save_file({"images": images, "logits": model(images)}, HERE / f"{name}_expected.safetensors")
 
 
+def make_hub_folder():
+    """As a model of timm lies on the Hugging Face hub: heads and statistics stand in config.json alone."""
+    torch.manual_seed(len(FAMILIES))
+    model = timm.create_model("deit_tiny_patch16_224", **COMMON).eval()
+    with torch.no_grad():
+        for key, tensor in model.named_parameters():
+            tensor.copy_(torch.randn_like(tensor) * 0.3 + ("norm" in key and key.endswith("weight")))
+    images = torch.randn(2, 3, 32, 32)
+    save_for_hf(model, HERE / "hub", model_config={"label_names": ["a", "b", "c"]}, model_args=COMMON,
+                safe_serialization=True)  # fmt: skip
+    with torch.no_grad():
+        save_file({"images": images, "logits": model(images)}, HERE / "hub_expected.safetensors")
+
+
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--read", nargs=2, metavar=("NAME", "FILE"))
 arguments = parser.parse_args()
@@ -55,3 +71,4 @@ if arguments.read:
 else:
     for name in FAMILIES:
         make(name)
+    make_hub_folder()

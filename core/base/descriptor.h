@@ -5,7 +5,7 @@
 #include <span>
 #include <string>
 
-namespace pyra::io {
+namespace pyra {
 
 class Descriptor {
  public:
@@ -33,4 +33,4 @@ void read_at(const Descriptor& file, const std::filesystem::path& path, uint64_t
 /// "No such file or directory" for errno.
 [[nodiscard]] std::string system_reason(int error_number);
 
-}  // namespace pyra::io
+}  // namespace pyra

@@ -1,4 +1,4 @@
-#include "io/descriptor.h"
+#include "base/descriptor.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -10,7 +10,7 @@
 
 #include "base/error.h"
 
-namespace pyra::io {
+namespace pyra {
 namespace {
 
 struct stat stat_of(const Descriptor& file, const std::filesystem::path& path) {
@@ -64,4 +64,4 @@ void read_at(const Descriptor& file, const std::filesystem::path& path, uint64_t
   }
 }
 
-}  // namespace pyra::io
+}  // namespace pyra
