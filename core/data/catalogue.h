@@ -28,9 +28,8 @@ using Faults = std::vector<std::string>*;
 /// Adds the split of a list file that lies anywhere; its paths begin at `root` of the data set.
 void add_list(Catalogue& catalogue, const std::filesystem::path& list, const std::string& root, Faults faults);
 
-/// From <split>/<class>/<image> or <class>/<image> below `root`, the latter split 80/20 by `seed`, class by class;
+/// From <split>/<class>/<image> or <class>/<image> below `root`, the latter split 80/20, class by class, always alike;
 /// nothing when there are no images.
-[[nodiscard]] std::optional<Catalogue> read_image_folder(const FileStore& store, const std::string& root,
-                                                         uint64_t seed);
+[[nodiscard]] std::optional<Catalogue> read_image_folder(const FileStore& store, const std::string& root);
 
 }  // namespace pyra::data

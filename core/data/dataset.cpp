@@ -36,7 +36,7 @@ Catalogue read_catalogue(const FileStore& store, const std::filesystem::path& pa
   const std::string& last = roots.back();
   const bool is_split = std::ranges::find(kSplitNames, last) != std::end(kSplitNames);
   const std::string root = is_split ? "" : last;
-  if (auto folders = read_image_folder(store, root, options.split_seed)) return with_list(std::move(*folders), root);
+  if (auto folders = read_image_folder(store, root)) return with_list(std::move(*folders), root);
   fail(ExitCode::input, path.string(),
        ": no data set: neither list files (train800.txt, val200.txt, train800val200.txt, ",
        "train.txt, val.txt, test.txt) nor images in <class>/<image> or <split>/<class>/<image>");
@@ -73,8 +73,8 @@ Dataset::~Dataset() = default;
 Dataset::Dataset(Dataset&&) noexcept = default;
 Dataset& Dataset::operator=(Dataset&&) noexcept = default;
 
-Dataset Dataset::open(const std::filesystem::path& path, uint64_t split_seed) {
-  return open(path, OpenOptions{.split_seed = split_seed});
+Dataset Dataset::open(const std::filesystem::path& path) {
+  return open(path, OpenOptions{});
 }
 
 Dataset Dataset::open(const std::filesystem::path& path, const OpenOptions& options) {

@@ -16,7 +16,6 @@ struct Sample {
 
 /// For looking into a data set that may be at fault.
 struct OpenOptions {
-  uint64_t split_seed = 0;
   /// One more list file, `path label` by the data set's root; its split is called by the file's name without ".txt".
   std::filesystem::path list{};
   /// Where given: lines of list files that are wrong, and lists without a good line, are named here (as the error would
@@ -33,12 +32,12 @@ struct OpenOptions {
 class Dataset {
  public:
   /// `path` is a folder or a .tar holding train800.txt … test.txt (and maybe classes.txt) at its root or in its only
-  /// folder, or an ImageFolder: <split>/<class>/<image>, or <class>/<image>, where a fifth of each class, chosen by
-  /// `split_seed`, becomes "test" and the rest "train". Classes are sorted by name. Error(input).
+  /// folder, or an ImageFolder: <split>/<class>/<image>, or <class>/<image>, where a fifth of each class, always the
+  /// same, becomes "test" and the rest "train". Classes are sorted by name. Error(input).
   ///
   /// Two of VTAB's tasks go by two names: where `path` is missing, "cifar" and "cifar100", "oxford_pet" and
   /// "oxford_iiit_pet" stand for one another (with ".tar" too), and path() says which was found.
-  [[nodiscard]] static Dataset open(const std::filesystem::path& path, uint64_t split_seed = 0);
+  [[nodiscard]] static Dataset open(const std::filesystem::path& path);
   [[nodiscard]] static Dataset open(const std::filesystem::path& path, const OpenOptions& options);
   ~Dataset();
   Dataset(Dataset&&) noexcept;

@@ -33,15 +33,18 @@ std::vector<Found> find_images(const FileStore& store, const std::string& root) 
   return images;
 }
 
-/// A fifth of each class, rounded, chosen by (seed, class), is "test", the rest "train".
-std::vector<std::pair<std::string, std::vector<Sample>>> split_by_class(const std::vector<std::vector<Sample>>& classes,
-                                                                        uint64_t seed) {
+/// Not a run's seed: every command has to leave the same images untouched by training.
+constexpr uint64_t kSplitSeed = 0;
+
+/// A fifth of each class, rounded, chosen by the class's number alone, is "test", the rest "train".
+std::vector<std::pair<std::string, std::vector<Sample>>> split_by_class(
+    const std::vector<std::vector<Sample>>& classes) {
   std::vector<Sample> train, test;
   for (size_t label = 0; label < classes.size(); ++label) {
     const std::vector<Sample>& samples = classes[label];
     const size_t tests = (samples.size() * 2 + 5) / 10;
     std::vector<bool> is_test(samples.size());
-    const auto order = Philox(seed, RandomStream::split, label).permutation(int64_t(samples.size()));
+    const auto order = Philox(kSplitSeed, RandomStream::split, label).permutation(int64_t(samples.size()));
     for (size_t i = 0; i < tests; ++i) is_test[size_t(order[i])] = true;
     for (size_t i = 0; i < samples.size(); ++i) (is_test[i] ? test : train).push_back(samples[i]);
   }
@@ -50,7 +53,7 @@ std::vector<std::pair<std::string, std::vector<Sample>>> split_by_class(const st
 
 }  // namespace
 
-std::optional<Catalogue> read_image_folder(const FileStore& store, const std::string& root, uint64_t seed) {
+std::optional<Catalogue> read_image_folder(const FileStore& store, const std::string& root) {
   const std::vector<Found> images = find_images(store, root);
   if (images.empty()) return {};
   std::set<std::string> names;
@@ -67,7 +70,7 @@ std::optional<Catalogue> read_image_folder(const FileStore& store, const std::st
     (image.split.empty() ? classes[size_t(label)] : splits[image.split]).push_back({image.path, label, {}});
   }
   if (splits.empty()) {
-    catalogue.splits = split_by_class(classes, seed);
+    catalogue.splits = split_by_class(classes);
   } else {
     catalogue.splits.assign(splits.begin(), splits.end());
   }

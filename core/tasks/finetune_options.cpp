@@ -23,7 +23,7 @@ FoundSchedule found_for(const io::Recipe& recipe, const std::string& asked_devic
   dense.peft = {.name = "none", .parameters = {}};
   dense.schedule.clear();
   const std::string device = resolve_device(asked_device);
-  const data::Dataset dataset = data::Dataset::open(recipe.data, uint64_t(recipe.seed));
+  const data::Dataset dataset = data::Dataset::open(recipe.data);
   Model model = make_tuned_model(dense, {dataset.class_names()}, plugins);
   goal.data = recipe.data;
   goal.seed = uint64_t(recipe.seed);
@@ -43,6 +43,9 @@ void check_options(const FinetuneOptions& options) {
   if (options.recipe.data.empty()) {
     fail(ExitCode::usage, "no data to train on: set `data = \"FOLDER or .tar\"` in the recipe or give --data");
   }
+  for (const auto& path : {options.recipe.model, options.recipe.data, options.recipe.out})
+    if (!io::is_utf8(path.string()))  // run.toml has to hold it
+      fail(ExitCode::usage, "'", printable(path.string()), "' is not valid UTF-8, and a recipe holds nothing else");
   const auto at_least = [](const char* key, double value, double minimum) {
     if (!(value >= minimum)) fail(ExitCode::usage, key, " is ", value, ", expected at least ", minimum);
   };
