@@ -143,7 +143,10 @@ tasks::BenchSettings settings_now(const tasks::BenchReport& base, const Options&
   if (command.count("--merge") + command.count("--schedule") > 0)
     settings.merge = given.merge, settings.schedule = given.schedule;
   if (command.count("--peft") > 0) settings.peft = given.peft;
-  if (command.count("--mode") > 0) settings.modes = given.modes;
+  if (command.count("--mode") + command.count("--end-to-end") > 0)
+    settings.modes = given.modes, settings.data = given.data;
+  if (command.count("--data") > 0) settings.data = given.data;
+  if (command.count("--split") > 0) settings.split = given.split;
   if (command.count("--batch") > 0) settings.batches = given.batches;
   if (command.count("--repetitions") > 0) settings.repetitions = given.repetitions;
   if (command.count("--min-time") > 0) settings.min_time = given.min_time;

@@ -73,6 +73,7 @@ double warm_up_all(std::vector<BenchSubject>& subjects, const BenchSettings& set
     BenchRow& row = subjects[i].row;
     memory.reset();
     const double seconds = warm_up(subjects[i], settings.warmup);
+    if (subjects[i].warmed) subjects[i].warmed();
     row.peak_memory_bytes = subjects[i].device_bytes ? subjects[i].device_bytes() : PeakMemory::bytes();
     row.iterations = std::max<int64_t>(1, int64_t(std::ceil(settings.min_time / seconds)));
     longest = std::max(longest, seconds * double(row.iterations));

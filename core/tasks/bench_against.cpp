@@ -94,7 +94,13 @@ std::vector<std::string> bench_arguments(const BenchSettings& settings,
   add("--merge", settings.merge);
   add("--schedule", settings.schedule);
   add("--peft", settings.peft);
-  add("--mode", join(settings.modes, ","));
+  if (settings.data.empty()) {
+    add("--mode", join(settings.modes, ","));
+  } else {
+    arguments.emplace_back("--end-to-end");
+    add("--data", settings.data);
+    add("--split", settings.split);
+  }
   add("--batch", join(batches, ","));
   add("--device", settings.device);
   add("--dtype", settings.dtype);

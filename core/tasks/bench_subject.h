@@ -17,7 +17,8 @@ struct BenchSubject {
   /// Bytes on the device where there is one; else empty, and the process's own peak counts.
   std::function<int64_t()> device_bytes{};
   std::function<std::vector<engine::Stage>()> profile{};
-  std::function<std::vector<double>()> latency_ms{};  ///< of every batch so far, where a row measures it
+  std::function<void()> warmed{};                     ///< called when warm-up is over
+  std::function<std::vector<double>()> latency_ms{};  ///< of every batch since then, where a row measures it
 };
 
 /// Every mode at every batch size, dense first, merged (where there is a merge) right behind it. `settings.device` and

@@ -119,6 +119,13 @@ TEST_CASE("bench --end-to-end goes from files to labels", "[bench]") {
     CHECK_THAT(table.out, Catch::Contains(part));
   write_bytes(shop / "base.json", document.dump());
   CHECK(in(shop, "bench --compare base.json base.json").exit_code != 2);
+  // Exit codes 5 and 8 are about speed; rows of both programs were found and compared.
+  const RunResult against = in(shop, cat("bench model.safetensors --end-to-end --data task --batch 4 --repetitions 3 ",
+                                         "--min-time 0.001 --warmup 2 --pairs 3 --against ", PYRACTL, " --json"));
+  CAPTURE(against.out, against.err);
+  CHECK(std::set<int>{0, 5, 8}.contains(against.exit_code));
+  CHECK_THAT(against.out, Catch::Contains("e2e/vit_test_patch4_16/dense/cpu"));
+  check_refusal(shop, {"bench --compare base.json --end-to-end --data nowhere", 3, {"nowhere"}});
   const std::string start = "bench model.safetensors --end-to-end ";
   for (const Refusal& refusal : std::vector<Refusal>{{start, 2, {"--data"}},
                                                      {"bench model.safetensors --data task", 2, {"--end-to-end"}},
