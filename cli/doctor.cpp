@@ -1,10 +1,8 @@
 // pyractl doctor: what this machine and this installation offer, and what stands in the way.
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <iomanip>
 
 #include "base/error.h"
+#include "base/temporary.h"
 #include "command.h"
 #include "sdk/plugin.h"
 #include "tasks/machine.h"
@@ -32,18 +30,13 @@ std::vector<PluginState> plugin_states(const host::PluginRegistry& registry) {
 }
 
 /// "" when files can be made there, else why not.
-std::string temporary_folder_problem(std::string& folder) {
+std::string temporary_folder_problem(const std::filesystem::path& folder) {
   try {
-    folder = std::filesystem::temp_directory_path().string();
-  } catch (const std::filesystem::filesystem_error& error) {
+    (void)unnamed_file(folder);
+    return "";
+  } catch (const Error& error) {
     return error.what();
   }
-  std::string probe = folder + "/pyractl-doctor-XXXXXX";
-  const int descriptor = mkstemp(probe.data());
-  if (descriptor < 0) return cat("no file can be made in ", folder, ": ", std::strerror(errno));
-  close(descriptor);
-  unlink(probe.c_str());
-  return "";
 }
 
 std::string gibibytes(uint64_t bytes) {
@@ -56,8 +49,8 @@ int run_doctor(Session& session) {
   const tasks::Machine machine = tasks::describe_machine();
   const host::PluginRegistry& registry = session.plugins();
   const std::vector<PluginState> plugins = plugin_states(registry);
-  std::string temporary_folder;
-  const std::string temporary_problem = temporary_folder_problem(temporary_folder);
+  const std::string temporary = temporary_folder();
+  const std::string temporary_problem = temporary_folder_problem(temporary);
   const std::string gpu = machine.gpu;
   std::vector<std::string> problems;
   ExitCode code = ExitCode::ok;
@@ -95,7 +88,7 @@ int run_doctor(Session& session) {
                                 {"memory_available_bytes", machine.memory_available_bytes},
                                 {"nvidia_driver", machine.nvidia_driver},
                                 {"gpu", gpu},
-                                {"temporary_folder", temporary_folder},
+                                {"temporary_folder", temporary},
                                 {"plugin_search_path", search},
                                 {"plugins", plugin_list},
                                 {"problems", problems},
@@ -114,7 +107,7 @@ int run_doctor(Session& session) {
         << "memory     " << gibibytes(machine.memory_bytes) << ", " << gibibytes(machine.memory_available_bytes)
         << " available\n"
         << "gpu        " << gpu << "\n"
-        << "temporary  " << temporary_folder << (temporary_problem.empty() ? "" : " (not writable)") << "\n";
+        << "temporary  " << temporary << (temporary_problem.empty() ? "" : " (not writable)") << "\n";
     for (const PluginState& plugin : plugins)
       out << "plugin     " << plugin.kind << " " << plugin.name << " " << plugin.version
           << (plugin.problem.empty() ? "  " + plugin.path : "  does not load") << "\n";
@@ -133,7 +126,9 @@ int run_doctor(Session& session) {
 void add_doctor(CLI::App& root, Session& session) {
   CLI::App* command = add_command(root, session, "doctor", "Say what this machine and installation offer");
   command->footer(
-      "\nExits with 0 when pyractl is usable, 4 when a plugin cannot load, 9 when $TMPDIR cannot be written.");
+      "\nExits with 0 when pyractl is usable, 4 when a plugin cannot load, 9 when the folder for temporary files "
+      "($TMPDIR) cannot be "
+      "written.");
   command->callback([&session] { session.action = [&session] { return run_doctor(session); }; });
 }
 

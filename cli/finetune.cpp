@@ -117,7 +117,7 @@ void add_finetune(CLI::App& root, Session& session) {
       ->capture_default_str();
   command->add_flag("--new-head", options->new_head, "Train a new head even where the model's would fit");
   command->add_flag("--resume", options->resume, "Go on with the run in --out from its last checkpoint");
-  command->add_flag("--dry-run", options->dry_run, "Open and check everything, do one step, write nothing");
+  command->add_flag("--dry-run", options->dry_run, "Open and check everything, do one step, leave nothing written");
   command->footer(R"(
 --set changes any key of the recipe. Ctrl-C saves within a step and exits with 130; --resume then goes on, and the end is
 the same to the last bit as without the break (train.max_seconds = 0; the same GPU and its chosen algorithms in

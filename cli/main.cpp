@@ -22,7 +22,7 @@ A first round, with the small model and task that `make demo` uses:
   pyractl data check TASK.tar                             whether the images are sound
   pyractl eval MODEL.safetensors --data TASK.tar          accuracy and speed
   pyractl compress MODEL.safetensors --merge tome --schedule high --out FAST.safetensors
-  pyractl finetune --recipe recipes/R.toml --model MODEL.safetensors --data TASK.tar --out runs/first
+  pyractl finetune --recipe R.toml --model MODEL.safetensors --data TASK.tar --out runs/first
   pyractl merge-lora runs/first --out TUNED.safetensors
 
 `pyractl COMMAND --help` shows a command's options and examples.

@@ -21,7 +21,7 @@ packages() {
   case $system in
     debian-12) ;;
     ubuntu-24.04) boost=libboost1.83-dev ;;
-    *) die "automatic set-up knows Debian 12 and Ubuntu 24.04, this is $system; install the packages of README's list" \
+    *) die "automatic set-up knows Debian 12 and Ubuntu 24.04, this is $system; install the packages that README lists" \
            "and run it again with PYRA_SKIP_PACKAGES=1" ;;
   esac
   echo g++ cmake ninja-build ccache pkg-config python3-pip ca-certificates $boost libcli11-dev libtomlplusplus-dev \

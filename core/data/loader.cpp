@@ -1,13 +1,13 @@
 #include "data/loader.h"
 
 #include <cmath>
+#include <functional>
 #include <span>
 
 #include "base/error.h"
 #include "base/philox.h"
 #include "data/decode_pool.h"
 #include "data/image.h"
-#include "nn/config.h"
 
 namespace pyra::data {
 namespace {
@@ -15,35 +15,12 @@ namespace {
 constexpr int64_t kMaxCacheBytes = int64_t(32) << 30;
 
 at::Tensor allocate_cache(int64_t count, int64_t size, const std::string& split) {
-  if (size < 1 || size > nn::kMaxImageSize)
-    fail(ExitCode::input, "preprocessing to ", size, " pixels; expected 1 to ", nn::kMaxImageSize);
-  const int64_t bytes = count * size * size * 3;
+  const int64_t bytes = count * checked_image_size(size) * size * 3;
   if (bytes > kMaxCacheBytes) {
     fail(ExitCode::device, "split ", split, ": ", count, " images of ", size, " x ", size, " pixels need ", bytes >> 30,
          " GiB of memory; at most ", kMaxCacheBytes >> 30, " GiB are kept decoded: use fewer images or a smaller size");
   }
   return at::empty({count, size, size, 3}, at::kByte);
-}
-
-/// Closes the gaps that bad images left, without a second copy of the set.
-void drop_bad(ImageSet& set, const std::vector<std::string>& reasons) {
-  const int64_t row = set.images.stride(0);
-  uint8_t* const pixels = set.images.data_ptr<uint8_t>();
-  int64_t* const labels = set.labels.data_ptr<int64_t>();
-  int64_t kept = 0;
-  std::vector<std::string> paths;
-  for (int64_t i = 0; i < int64_t(reasons.size()); ++i) {
-    if (!reasons[size_t(i)].empty()) {
-      set.skipped.push_back({set.paths[size_t(i)], reasons[size_t(i)]});
-      continue;
-    }
-    if (kept != i) std::copy_n(pixels + i * row, row, pixels + kept * row);
-    labels[kept++] = labels[i];
-    paths.push_back(std::move(set.paths[size_t(i)]));
-  }
-  set.paths = std::move(paths);
-  set.images = set.images.narrow(0, 0, kept);
-  set.labels = set.labels.narrow(0, 0, kept);
 }
 
 /// Draws for one image of one epoch: words of its own, so the order and number of threads do not matter.
@@ -89,41 +66,67 @@ void flip(Image& image) {
   }
 }
 
-Image augmented(const uint8_t* pixels, int64_t size, const Augment& augment, const Draws& draws) {
-  Image image{size, size, {pixels, pixels + size * size * 3}};
+Image augmented(Image image, const Augment& augment, const Draws& draws) {
   if (augment.random_resized_crop) image = random_resized_crop(image, draws);
   if (augment.hflip && draws.uniform(kFlipBlock, 0) < 0.5f) flip(image);
   return image;
 }
 
-}  // namespace
+using Put = std::function<void(int64_t, const std::vector<uint8_t>& pixels)>;
 
-namespace {
+/// Gives every sample's prepared image to `put`, from several threads; reasons as for_each_image's.
+std::vector<std::string> decode_each(const Dataset& dataset, std::span<const Sample> samples,
+                                     const nn::Preprocess& preprocess, BadImages bad, Progress& progress,
+                                     const Put& put) {
+  const auto decode_one = [&](int64_t i) {
+    const Sample& sample = samples[size_t(i)];
+    put(i, prepare(decode(dataset.read(sample), dataset.describe(sample)), preprocess).pixels);
+  };
+  std::vector<std::string> reasons =
+      for_each_image(int64_t(samples.size()), bad == BadImages::fail, decode_one, progress);
+  const auto wrong = std::ranges::find_if(reasons, [](const std::string& reason) { return !reason.empty(); });
+  if (bad == BadImages::fail && wrong != reasons.end())
+    fail(ExitCode::input, *wrong, "; --bad-images skip leaves such images out");
+  return reasons;
+}
+
+/// The samples without a reason against them; the others in `skipped`.
+std::vector<int64_t> good_ones(std::span<const Sample> samples, std::vector<std::string> reasons,
+                               std::vector<BadImage>& skipped) {
+  std::vector<int64_t> good;
+  for (size_t i = 0; i < samples.size(); ++i) {
+    if (reasons[i].empty())
+      good.push_back(int64_t(i));
+    else
+      skipped.push_back({samples[i].path, std::move(reasons[i])});
+  }
+  return good;
+}
+
+at::Tensor labels_of(std::span<const Sample> samples, const std::vector<int64_t>& chosen) {
+  at::Tensor labels = at::empty({int64_t(chosen.size())}, at::kLong);
+  for (size_t i = 0; i < chosen.size(); ++i) labels.data_ptr<int64_t>()[i] = samples[size_t(chosen[i])].label;
+  return labels;
+}
 
 /// These samples of the split; those that are bad are in `skipped`, and may be all.
 ImageSet decode_samples(const Dataset& dataset, const std::string& split, std::span<const Sample> samples,
                         const nn::Preprocess& preprocess, BadImages bad, Progress& progress) {
-  const auto count = int64_t(samples.size());
-  ImageSet set{.images = allocate_cache(count, preprocess.size, split),
-               .labels = at::empty({count}, at::kLong),
-               .paths = {},
-               .skipped = {}};
-  for (int64_t i = 0; i < count; ++i) {
-    set.labels.data_ptr<int64_t>()[i] = samples[size_t(i)].label;
-    set.paths.push_back(samples[size_t(i)].path);
-  }
+  ImageSet set;
+  set.images = allocate_cache(int64_t(samples.size()), preprocess.size, split);
   uint8_t* const pixels = set.images.data_ptr<uint8_t>();
   const int64_t row = set.images.stride(0);
-  const auto decode_one = [&](int64_t i) {
-    const Sample& sample = samples[size_t(i)];
-    const Image image = prepare(decode(dataset.read(sample), dataset.describe(sample)), preprocess);
-    std::copy(image.pixels.begin(), image.pixels.end(), pixels + i * row);
+  const auto put = [&](int64_t i, const std::vector<uint8_t>& image) {
+    std::copy(image.begin(), image.end(), pixels + i * row);
   };
-  const std::vector<std::string> reasons = for_each_image(count, bad == BadImages::fail, decode_one, progress);
-  const auto wrong = std::ranges::find_if(reasons, [](const std::string& reason) { return !reason.empty(); });
-  if (wrong == reasons.end()) return set;
-  if (bad == BadImages::fail) fail(ExitCode::input, *wrong, "; --bad-images skip leaves such images out");
-  drop_bad(set, reasons);
+  const std::vector<int64_t> good =
+      good_ones(samples, decode_each(dataset, samples, preprocess, bad, progress, put), set.skipped);
+  for (int64_t i = 0; i < int64_t(good.size()); ++i) {  // closes the gaps without a second copy
+    set.paths.push_back(samples[size_t(good[size_t(i)])].path);
+    if (good[size_t(i)] != i) std::copy_n(pixels + good[size_t(i)] * row, row, pixels + i * row);
+  }
+  set.images = set.images.narrow(0, 0, int64_t(good.size()));
+  set.labels = labels_of(samples, good);
   return set;
 }
 
@@ -138,14 +141,25 @@ void check_not_empty(const Dataset& dataset, const std::string& split) {
 
 }  // namespace
 
-ImageSet load_split(const Dataset& dataset, const std::string& split, const nn::Preprocess& preprocess, BadImages bad,
-                    Progress& progress) {
+StoredSet stored(ImageSet set) {
+  return {.images = ImageStore(set.images), .labels = std::move(set.labels), .skipped = std::move(set.skipped)};
+}
+
+StoredSet load_split(const Dataset& dataset, const std::string& split, const nn::Preprocess& preprocess, BadImages bad,
+                     Progress& progress) {
   check_not_empty(dataset, split);
-  const int64_t count = int64_t(dataset.split(split).size());
+  const std::vector<Sample>& samples = dataset.split(split);
+  const auto count = int64_t(samples.size());
+  StoredSet set{.images = ImageStore(count, preprocess.size), .labels = {}, .skipped = {}};
   progress.begin(cat("decode ", split), count, "image");
-  ImageSet set = decode_samples(dataset, split, dataset.split(split), preprocess, bad, progress);
+  std::vector<std::string> reasons =
+      decode_each(dataset, samples, preprocess, bad, progress,
+                  [&](int64_t i, const std::vector<uint8_t>& pixels) { set.images.write(i, pixels.data()); });
   progress.end();
-  if (set.labels.size(0) == 0) fail_all_bad(count, split, set.skipped[0].reason);
+  std::vector<int64_t> good = good_ones(samples, std::move(reasons), set.skipped);
+  if (good.empty()) fail_all_bad(count, split, set.skipped[0].reason);
+  set.labels = labels_of(samples, good);
+  if (!set.skipped.empty()) set.images.keep(std::move(good));
   return set;
 }
 
@@ -187,31 +201,23 @@ std::vector<int64_t> epoch_order(int64_t n, uint64_t seed, int64_t epoch) {
   return Philox(seed, RandomStream::shuffle, uint64_t(epoch)).permutation(n);
 }
 
-Batch make_batch(const ImageSet& set, const std::vector<int64_t>& indices, const nn::Preprocess& preprocess,
+Batch make_batch(const StoredSet& set, const std::vector<int64_t>& indices, const nn::Preprocess& preprocess,
                  const Augment& augment, uint64_t seed, int64_t epoch) {
-  const int64_t count = int64_t(indices.size()), size = set.images.size(1), values = size * size * 3;
-  for (const int64_t index : indices) {
-    if (index < 0 || index >= set.images.size(0)) {
-      fail(ExitCode::internal, "make_batch: image ", index, " of a set of ", set.images.size(0));
-    }
-  }
+  const int64_t count = int64_t(indices.size()), size = set.images.image_size(), values = set.images.image_bytes();
   Batch batch{at::empty({count, 3, size, size}, at::kFloat), at::empty({count}, at::kLong)};
   const nn::NormaliseTables tables = nn::normalise_tables(preprocess);
-  const uint8_t* const from = set.images.const_data_ptr<uint8_t>();
   const int64_t* const labels = set.labels.const_data_ptr<int64_t>();
   float* const to = batch.images.data_ptr<float>();
   int64_t* const to_labels = batch.labels.data_ptr<int64_t>();
   const bool augments = augment.hflip || augment.random_resized_crop;
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    Image image{size, size, std::vector<uint8_t>(size_t(values))};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t index = indices[size_t(i)];
-      const uint8_t* pixels = from + index * values;
-      Image image;
-      if (augments) {
-        image = augmented(pixels, size, augment, Draws(seed, epoch, index));
-        pixels = image.pixels.data();
-      }
-      nn::normalise_image(pixels, to + i * values, size * size, tables);
+      image.pixels.resize(size_t(values));
+      set.images.read(index, image.pixels.data());
+      if (augments) image = augmented(std::move(image), augment, Draws(seed, epoch, index));
+      nn::normalise_image(image.pixels.data(), to + i * values, size * size, tables);
       to_labels[i] = labels[index];
     }
   });

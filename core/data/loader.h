@@ -1,4 +1,4 @@
-// Decoded, prepared images of one split, kept as uint8 in memory once decoded; batches in a seeded order.
+// Decoded, prepared images of one split: all of them, kept as uint8, or a piece at a time; batches in a seeded order.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -9,6 +9,7 @@
 
 #include "base/progress.h"
 #include "data/dataset.h"
+#include "data/image_store.h"
 #include "nn/preprocess.h"
 
 namespace pyra::data {
@@ -19,7 +20,7 @@ struct BadImage {
   std::string path, reason;
 };
 
-/// All images of a split, prepared: decoded in parallel.
+/// Some images of a split in memory, prepared: decoded in parallel.
 struct ImageSet {
   at::Tensor images;  ///< [n,size,size,3] uint8
   at::Tensor labels;  ///< [n] int64
@@ -27,14 +28,24 @@ struct ImageSet {
   std::vector<BadImage> skipped;  ///< left out of images and labels, never replaced
 };
 
+/// All images of a split, prepared, where they take no memory.
+struct StoredSet {
+  ImageStore images;
+  at::Tensor labels;  ///< [n] int64
+  std::vector<BadImage> skipped;
+};
+
+/// A set that is in memory already.
+[[nodiscard]] StoredSet stored(ImageSet set);
+
 /// Error(input) at the first bad image of the split unless `bad` is skip; then all that were skipped are listed.
-/// Decodes on at::get_num_threads() threads, which changes nothing in the result. Error(device) when the images would
-/// take more than 32 GiB; Error(interrupted or terminated) soon after a signal is pending.
-[[nodiscard]] ImageSet load_split(const Dataset& dataset, const std::string& split, const nn::Preprocess& preprocess,
-                                  BadImages bad = BadImages::fail, Progress& progress = silent_progress());
+/// Decodes on at::get_num_threads() threads, which changes nothing in the result. Error(output) when the disk has no
+/// room for the images (data/image_store.h); Error(interrupted or terminated) soon after a signal is pending.
+[[nodiscard]] StoredSet load_split(const Dataset& dataset, const std::string& split, const nn::Preprocess& preprocess,
+                                   BadImages bad = BadImages::fail, Progress& progress = silent_progress());
 
 /// `count` images (at least 1) spread evenly over the split's list, which is often sorted by class; all of them when it
-/// has fewer. Nothing else is decoded. Errors as load_split's.
+/// has fewer. Nothing else is decoded. Errors as load_split's; Error(device) for more than 32 GiB.
 [[nodiscard]] ImageSet load_some(const Dataset& dataset, const std::string& split, int64_t count,
                                  const nn::Preprocess& preprocess, BadImages bad = BadImages::fail);
 
@@ -47,7 +58,7 @@ class SplitReader {
               BadImages bad = BadImages::fail);
   [[nodiscard]] int64_t total() const { return total_; }
   /// The next `count` samples of the split, or what is left of them, without those that are bad and were skipped (it
-  /// may be all of them); nothing at the end. Errors as load_split's.
+  /// may be all of them); nothing at the end. Errors as load_some's.
   [[nodiscard]] std::optional<ImageSet> next(int64_t count);
 
  private:
@@ -61,7 +72,7 @@ class SplitReader {
 
 struct Augment {
   bool hflip = false;
-  /// Scale 0.08..1, ratio 3/4..4/3, bicubic: of the prepared image that is kept in memory, not of the file's.
+  /// Scale 0.08..1, ratio 3/4..4/3, bicubic: of the prepared image that is kept, not of the file's.
   bool random_resized_crop = false;
 };
 
@@ -73,7 +84,7 @@ struct Augment {
 struct Batch {
   at::Tensor images, labels;
 };
-[[nodiscard]] Batch make_batch(const ImageSet& set, const std::vector<int64_t>& indices,
+[[nodiscard]] Batch make_batch(const StoredSet& set, const std::vector<int64_t>& indices,
                                const nn::Preprocess& preprocess, const Augment& augment, uint64_t seed, int64_t epoch);
 
 }  // namespace pyra::data

@@ -1,12 +1,10 @@
 #include <archive.h>
 #include <archive_entry.h>
-#include <fcntl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
-#include <cstring>
 #include <unordered_map>
 
+#include "base/descriptor.h"
 #include "base/error.h"
 #include "data/file_store.h"
 
@@ -19,20 +17,6 @@ struct Extent {
   uint64_t offset = 0, size = 0;
 };
 using Index = std::unordered_map<std::string, Extent>;
-
-class Descriptor {
- public:
-  explicit Descriptor(const std::string& path) : fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-    if (fd_ < 0) fail(ExitCode::input, path, ": ", std::strerror(errno));
-  }
-  ~Descriptor() { close(fd_); }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  [[nodiscard]] int get() const { return fd_; }
-
- private:
-  int fd_;
-};
 
 struct Free {
   void operator()(archive* reader) const { archive_read_free(reader); }
@@ -107,17 +91,11 @@ Index read_index(int fd, uint64_t file_size, const std::string& path) {
   }
 }
 
-uint64_t size_of(int fd, const std::string& path) {
-  struct stat status {};
-  if (fstat(fd, &status) != 0) fail(ExitCode::input, path, ": ", std::strerror(errno));
-  return uint64_t(status.st_size);
-}
-
 class TarStore final : public FileStore {
  public:
-  explicit TarStore(const std::string& path) : path_(path), file_(path) {
+  explicit TarStore(const std::string& path) : path_(path), file_(open_for_reading(path)) {
     refuse_compressed(file_.get(), path);
-    index_ = read_index(file_.get(), size_of(file_.get(), path), path);
+    index_ = read_index(file_.get(), regular_size(file_, path), path);
   }
 
   bool contains(const std::string& name) const override { return index_.contains(name); }
@@ -130,14 +108,7 @@ class TarStore final : public FileStore {
       fail(ExitCode::input, describe(name), ": ", extent.size, " bytes; at most ", kMaxFileBytes);
     }
     std::vector<uint8_t> bytes(extent.size);
-    for (uint64_t done = 0; done < extent.size;) {
-      const ssize_t count = pread(file_.get(), bytes.data() + done, extent.size - done, off_t(extent.offset + done));
-      if (count < 0 && errno == EINTR) continue;
-      if (count <= 0) {
-        fail(ExitCode::input, describe(name), ": ", count < 0 ? std::strerror(errno) : "the archive became shorter");
-      }
-      done += uint64_t(count);
-    }
+    read_at(file_, describe(name), extent.offset, {reinterpret_cast<char*>(bytes.data()), bytes.size()});
     return bytes;
   }
 

@@ -4,7 +4,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -91,10 +93,15 @@ class Trainer {
   std::vector<TrainedTensor> tensors_;
 };
 
-/// The images that steps choose from; both tensors outlive the trainer.
+/// The images that steps choose from.
 struct TrainingImages {
-  const at::Tensor& images;  ///< [n,S,S,3] uint8
-  const at::Tensor& labels;  ///< [n] int64
+  int64_t size = 0;   ///< of each: [size,size,3] uint8
+  at::Tensor labels;  ///< [n] int64
+  /// Copies images of these indices one after another; outlives the trainer.
+  std::function<void(std::span<const int64_t> indices, uint8_t* to)> read;
+
+  [[nodiscard]] int64_t count() const { return labels.size(0); }
+  [[nodiscard]] int64_t image_bytes() const { return size * size * 3; }
 };
 
 /// On a GPU (Error(device) where it is not there or too small). `model` is in training mode and outlives the trainer;

@@ -120,16 +120,16 @@ BenchSubject infer_subject(const std::shared_ptr<InferenceScene>& scene, const B
 // What the steps of a loop refer to.
 struct TrainingScene {
   std::shared_ptr<Model> model;
-  data::ImageSet images;
+  data::StoredSet images;
   std::unique_ptr<train::Loop> loop;
 };
 
 BenchSubject train_subject(const std::shared_ptr<Model>& model, const BenchSettings& settings, int64_t batch) {
   BenchRow row = describe(*model, "train", settings, batch);
-  const auto scene = std::make_shared<TrainingScene>();
-  scene->model = model;
   // On a GPU the loop waits at the end of an epoch: one of several steps, as real ones have.
-  scene->images = random_images(settings.device == "cpu" ? batch : kEpochSteps * batch, model->file.config);
+  const int64_t images = settings.device == "cpu" ? batch : kEpochSteps * batch;
+  const auto scene = std::make_shared<TrainingScene>(
+      TrainingScene{model, data::stored(random_images(images, model->file.config)), {}});
   train::LoopSettings loop;
   // A rate that hardly changes the weights: random labels must not lead training astray while it is timed.
   loop.schedule = {.peak = 1e-7, .warmup_lr = 1e-7, .min_lr = 1e-7, .warmup_epochs = 0, .epochs = 1 << 30};

@@ -1,7 +1,5 @@
 #include "tasks/finetune.h"
 
-#include <sys/resource.h>
-
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -11,6 +9,7 @@
 #include "io/atomic_file.h"
 #include "io/json.h"
 #include "io/safetensors.h"
+#include "tasks/bench_machine.h"
 #include "tasks/finetune_options.h"
 #include "tasks/finetune_state.h"
 #include "tasks/machine.h"
@@ -66,7 +65,7 @@ class Finetune {
         progress_(progress),
         run_{recipe_.out},
         device_(resolve_device(options_.device)),
-        dataset_(data::Dataset::open(recipe_.data, uint64_t(recipe_.seed))),
+        dataset_(data::Dataset::open(recipe_.data)),
         plan_(plan_trainings(recipe_, dataset_)),
         model_(make_tuned_model(recipe_, {dataset_.class_names()}, plugins, progress)),
         live_(model_.vit->train_mode()) {
@@ -74,7 +73,8 @@ class Finetune {
     if (!recipe_.train.teacher.empty()) teacher_ = std::make_unique<Teacher>(recipe_, model_.file, device_, plugins);
     for (const auto& [name, tensor] : live_) initial_[name] = tensor.detach().clone();
     state_.identity = {.recipe = io::to_toml(recipe_),
-                       .model = teacher_ ? cat(base_, " taught by ", teacher_->identity()) : base_,
+                       .model = cat(base_, " ", statistics_text(model_.file.preprocess),
+                                    teacher_ ? cat(" taught by ", teacher_->identity()) : ""),
                        .data = {},
                        .plugins = plugin_versions(model_, plugins),
                        .threads = at::get_num_threads(),
@@ -85,9 +85,9 @@ class Finetune {
   DryRunReport dry_run();
 
  private:
-  const data::ImageSet& images(const std::string& split);
-  [[nodiscard]] train::LoopSettings settings_of(double lr, const data::ImageSet& set) const;
-  void identify_data(const data::ImageSet& set);
+  const data::StoredSet& images(const std::string& split);
+  [[nodiscard]] train::LoopSettings settings_of(double lr, const data::StoredSet& set) const;
+  void identify_data(const data::StoredSet& set);
   [[nodiscard]] double rate_of(const Training& training) const;
   void take_up(std::optional<train::Checkpoint>& checkpoint);
   void begin_folder();
@@ -117,8 +117,8 @@ class Finetune {
   std::unique_ptr<Teacher> teacher_;
   sdk::TensorMap live_, initial_;  // trained tensors by full name: the model's own, and copies of their first values
   sdk::TensorMap best_;            // copies at the best evaluation of the current training
-  std::map<std::string, data::ImageSet> sets_;
-  const data::ImageSet* identified_ = nullptr;  // whose fingerprint stands in state_
+  std::map<std::string, data::StoredSet> sets_;
+  const data::StoredSet* identified_ = nullptr;  // whose fingerprint stands in state_
   FinetuneState state_;
   std::optional<train::MetricsLog> log_;
   train::Position last_position_;
@@ -128,22 +128,22 @@ class Finetune {
   bool resumed_ = false;
 };
 
-const data::ImageSet& Finetune::images(const std::string& split) {
+const data::StoredSet& Finetune::images(const std::string& split) {
   const auto found = sets_.find(split);
   if (found != sets_.end()) return found->second;
   return sets_.emplace(split, data::load_split(dataset_, split, model_.file.preprocess, options_.bad_images, progress_))
       .first->second;
 }
 
-train::LoopSettings Finetune::settings_of(double lr, const data::ImageSet& set) const {
+train::LoopSettings Finetune::settings_of(double lr, const data::StoredSet& set) const {
   train::LoopSettings settings = loop_settings(recipe_, device_, lr);
   if (teacher_) settings.teacher = teacher_->over(set);
   return settings;
 }
 
-void Finetune::identify_data(const data::ImageSet& set) {
+void Finetune::identify_data(const data::StoredSet& set) {
   if (identified_ == &set) return;
-  state_.identity.data = fingerprint({{"images", set.images}, {"labels", set.labels}});
+  state_.identity.data = fingerprint(set);
   identified_ = &set;
 }
 
@@ -157,6 +157,11 @@ FinetuneReport Finetune::run() {
   std::optional<train::Checkpoint> checkpoint;
   if (options_.resume) checkpoint = train::read_checkpoint(run_.checkpoint(), progress_);
   take_up(checkpoint);
+  // Room for the images and bad ones among them: known now, not after hours of training.
+  for (auto i = size_t(state_.training); i < plan_.size(); ++i) {
+    (void)images(plan_[i].train_split);
+    (void)images(plan_[i].eval_split);
+  }
   begin_folder();
   for (const auto& [group, count] : trained_groups())
     if (count > 0) progress_.note(cat("trains ", group, ": ", grouped(count), " parameters"));
@@ -214,7 +219,7 @@ void Finetune::begin_folder() {
 
 void Finetune::run_training(const Training& training, const train::Checkpoint* checkpoint) {
   at::NoGradGuard no_gradients;
-  const data::ImageSet& set = images(training.train_split);
+  const data::StoredSet& set = images(training.train_split);
   identify_data(set);
   for (auto& [name, tensor] : live_) tensor.detach().copy_(initial_.find(name)->second);
   best_.clear();
@@ -261,9 +266,10 @@ void Finetune::run_training(const Training& training, const train::Checkpoint* c
 }
 
 void Finetune::one_step(const Training& training, train::Loop& loop) {
+  const int64_t every = recipe_.train.checkpoint_every;
   const std::optional<train::EpochReport> epoch = [&] {
     const at::AutoGradMode gradients(true);
-    return loop.step();
+    return loop.step(every > 0 && (loop.position().step + 1) % every == 0);
   }();
   if (epoch) {
     log_->append(nlohmann::json{{"kind", "train"},
@@ -279,7 +285,6 @@ void Finetune::one_step(const Training& training, train::Loop& loop) {
                                 {"seconds", epoch->seconds}}
                      .dump());
   }
-  const int64_t every = recipe_.train.checkpoint_every;
   const bool due = every > 0 ? loop.position().step % every == 0 : epoch.has_value();
   if (due || loop.finished()) save(loop);
 }
@@ -317,7 +322,7 @@ void Finetune::evaluate(const Training& training, train::Loop& loop) {
 
 /// None when a signal asked for the end.
 std::optional<Evaluation> Finetune::measure(const std::string& split) {
-  const data::ImageSet& set = images(split);
+  const data::StoredSet& set = images(split);
   const int64_t total = set.labels.size(0);
   if (total == 0) fail(ExitCode::input, recipe_.data.string(), ": split '", split, "' has no image to evaluate");
   const auto engine = make_engine(model_, device_, precision_of(recipe_, device_));
@@ -326,7 +331,7 @@ std::optional<Evaluation> Finetune::measure(const std::string& split) {
   for (int64_t first = 0; first < total; first += kEvalBatch) {
     if (pending_signal()) return std::nullopt;
     const int64_t count = std::min(kEvalBatch, total - first);
-    const at::Tensor logits = engine->run(set.images.narrow(0, first, count));
+    const at::Tensor logits = engine->run(set.images.range(first, count));
     if (!logits.isfinite().all().item<bool>()) {
       fail(ExitCode::untrusted, "the trained model's logits are not finite on split '", split,
            "': training diverged; lower train.lr");
@@ -391,11 +396,13 @@ FinetuneReport Finetune::report() const {
                    .seed = recipe_.seed,
                    .threads = state_.identity.threads,
                    .device_memory_bytes = device_bytes_,
+                   .peak_memory_bytes = PeakMemory::bytes(),
                    .resumed = resumed_,
                    .processor = processor_name(device_),
                    .pyractl_version = version(),
                    .libtorch_version = libtorch_version()};
-  for (const auto& [split, set] : sets_) r.skipped_images += int64_t(set.skipped.size());
+  for (const std::string& split : {last.train_split, last.eval_split})
+    r.skipped_images += int64_t(sets_.at(split).skipped.size());
   return r;
 }
 
@@ -412,7 +419,8 @@ std::vector<std::pair<std::string, int64_t>> Finetune::trained_groups() const {
 DryRunReport Finetune::dry_run() {
   const Training& last = plan_.back();
   const double lr = last.lr > 0 ? last.lr : recipe_.train.lr.front();
-  const data::ImageSet& set = images(last.train_split);
+  const data::StoredSet& set = images(last.train_split);
+  (void)images(last.eval_split);
   train::Loop loop(*model_.vit, set, model_.file.preprocess, settings_of(lr, set));
   const nn::VitConfig& config = model_.file.config;
   DryRunReport r{.arch = config.arch,
@@ -445,14 +453,14 @@ DryRunReport Finetune::dry_run() {
   if (const double limit = recipe_.train.max_seconds * double(plan_.size()); limit > 0) {
     r.estimated_seconds = std::min(r.estimated_seconds, limit);
   }
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  r.peak_memory_bytes = int64_t(usage.ru_maxrss) * 1024;
+  r.peak_memory_bytes = PeakMemory::bytes();
   return r;
 }
 
 std::string Finetune::resume_command() const {
-  return cat("pyractl finetune --out ", run_.path.string(), " --resume");
+  return cat("pyractl finetune --out ", run_.path.string(), " --resume",
+             options_.device == "auto" ? "" : " --device " + options_.device,
+             options_.bad_images == data::BadImages::skip ? " --bad-images skip" : "");
 }
 
 }  // namespace

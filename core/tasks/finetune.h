@@ -49,6 +49,7 @@ struct FinetuneReport {
   int64_t seed = 0;
   int threads = 0;
   int64_t device_memory_bytes = 0;  ///< of the last training on a GPU; 0 on the CPU
+  int64_t peak_memory_bytes = 0;    ///< of this process; 0 in reports written before it was kept
   bool resumed = false;
   std::string processor;  ///< the CPU's or GPU's own name; empty in reports written before it was kept
   std::string pyractl_version, libtorch_version;

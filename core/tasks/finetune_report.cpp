@@ -66,6 +66,7 @@ std::string to_json(const FinetuneReport& r) {
                         {"seed", r.seed},
                         {"threads", r.threads},
                         {"device_memory_bytes", r.device_memory_bytes},
+                        {"peak_memory_bytes", r.peak_memory_bytes},
                         {"resumed", r.resumed},
                         {"processor", r.processor},
                         {"versions", {{"pyractl", r.pyractl_version}, {"libtorch", r.libtorch_version}}}}
@@ -79,6 +80,7 @@ FinetuneReport read_finetune_report(const std::filesystem::path& path) {
   const io::JsonFields versions = fields.object("versions");
   const std::string device = fields.has("device") ? fields.string("device") : "cpu";
   const int64_t device_bytes = fields.has("device_memory_bytes") ? count_of(fields, "device_memory_bytes") : 0;
+  const int64_t peak_bytes = fields.has("peak_memory_bytes") ? count_of(fields, "peak_memory_bytes") : 0;
   FinetuneReport r{.out = fields.string("run"),
                    .arch = fields.string("arch"),
                    .merge = fields.string("merge"),
@@ -109,6 +111,7 @@ FinetuneReport read_finetune_report(const std::filesystem::path& path) {
                    .seed = fields.integer("seed"),
                    .threads = int(std::min<int64_t>(count_of(fields, "threads"), 1 << 20)),
                    .device_memory_bytes = device_bytes,
+                   .peak_memory_bytes = peak_bytes,
                    .resumed = fields.boolean("resumed"),
                    .processor = fields.has("processor") ? fields.string("processor") : "",
                    .pyractl_version = versions.string("pyractl"),

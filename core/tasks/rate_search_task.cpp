@@ -75,7 +75,7 @@ class RateSearchRun {
 
  private:
   [[nodiscard]] train::RateSearchSettings settings() const;
-  [[nodiscard]] Identity identity(const data::ImageSet& images, const train::RateSearchSettings& chosen) const;
+  [[nodiscard]] Identity identity(const data::StoredSet& images, const train::RateSearchSettings& chosen) const;
   void take_up(train::RateSearch& search);
   void train(train::RateSearch& search);
   void save(const train::RateSearch& search);
@@ -85,8 +85,9 @@ class RateSearchRun {
   [[nodiscard]] KeptCounts uniform() const;
   [[nodiscard]] KeptCounts start() const;
   [[nodiscard]] int64_t macs(const KeptCounts& counts) const { return nn::count_macs(config_, counts.merge); }
+  void load_judged();
   void judge();
-  [[nodiscard]] int64_t count_correct(const data::ImageSet& images, int64_t& done);
+  [[nodiscard]] int64_t count_correct(const data::StoredSet& images, int64_t& done);
 
   Model& model_;
   const nn::VitConfig config_;
@@ -95,6 +96,7 @@ class RateSearchRun {
   Progress& progress_;
   fs::path folder_;
   data::Dataset dataset_;
+  std::optional<data::StoredSet> judged_;
   Identity identity_;
   RateSearchReport report_;
 };
@@ -109,18 +111,20 @@ train::RateSearchSettings RateSearchRun::settings() const {
           .batch = task_.options.batch,
           .seed = uint64_t(task_.options.seed),
           .compute = bf16 ? at::kBFloat16 : at::kFloat,
+          .proportional_attention = task_.proportional_attention,
           .start = start()};
 }
 
-Identity RateSearchRun::identity(const data::ImageSet& images, const train::RateSearchSettings& s) const {
+Identity RateSearchRun::identity(const data::StoredSet& images, const train::RateSearchSettings& s) const {
   return {{"the model", fingerprint(model_.file.weights)},
-          {"the data", fingerprint({{"images", images.images}, {"labels", images.labels}})},
+          {"the data", fingerprint(images)},
           {"--target-macs", std::to_string(task_.target)},
           {"--search-epochs", std::to_string(s.epochs)},
           {"--search-lr", cat(s.lr)},
           {"--search-batch", std::to_string(s.batch)},
           {"--seed", std::to_string(s.seed)},
           {"--dtype", dtype_name(s.compute)},
+          {"--no-proportional-attention", s.proportional_attention ? "false" : "true"},
           {"threads", std::to_string(at::get_num_threads())}};
 }
 
@@ -130,8 +134,9 @@ RateSearchReport RateSearchRun::run() {
   report_.target = task_.target;
   report_.train_split = need_split(dataset_, {"train800", "train"}, "search on");
   const train::RateSearchSettings chosen = settings();
-  const data::ImageSet images =
+  const data::StoredSet images =
       data::load_split(dataset_, report_.train_split, model_.file.preprocess, data::BadImages::fail, progress_);
+  load_judged();
   train::RateSearch search(*model_.vit, images, model_.file.preprocess, chosen);
   identity_ = identity(images, chosen);
   take_up(search);
@@ -217,13 +222,20 @@ KeptCounts RateSearchRun::start() const {
   return train::fit_counts(config_, resolved(scaled_high(config_, 1)), task_.target);
 }
 
+/// Before the search: bad images and a full disk are known now, not after it.
+void RateSearchRun::load_judged() {
+  for (const char* split : {"val200", "val"}) {
+    if (!dataset_.has_split(split)) continue;
+    report_.judged_split = split;
+    judged_.emplace(data::load_split(dataset_, split, model_.file.preprocess, data::BadImages::fail, progress_));
+    return;
+  }
+}
+
 /// What the split for choosing says of the counts, and of counts that were not searched.
 void RateSearchRun::judge() {
-  for (const char* split : {"val200", "val"})
-    if (report_.judged_split.empty() && dataset_.has_split(split)) report_.judged_split = split;
-  if (report_.judged_split.empty()) return;
-  const data::ImageSet images =
-      data::load_split(dataset_, report_.judged_split, model_.file.preprocess, data::BadImages::fail, progress_);
+  if (!judged_) return;
+  const data::StoredSet& images = *judged_;
   report_.judged_images = images.labels.size(0);
   const Counts all(size_t(config_.depth), config_.tokens());
   report_.judged = {{.label = "dense", .counts = {all, all}},
@@ -246,13 +258,13 @@ void RateSearchRun::judge() {
   detach_merge(model_);
 }
 
-int64_t RateSearchRun::count_correct(const data::ImageSet& images, int64_t& done) {
+int64_t RateSearchRun::count_correct(const data::StoredSet& images, int64_t& done) {
   const auto engine = make_engine(model_, task_.device, task_.precision);
   int64_t correct = 0;
   for (int64_t first = 0; first < report_.judged_images; first += kJudgeBatch) {
     stop_if_asked("judging the counts");
     const int64_t count = std::min(kJudgeBatch, report_.judged_images - first);
-    const at::Tensor logits = engine->run(images.images.narrow(0, first, count));
+    const at::Tensor logits = engine->run(images.images.range(first, count));
     correct += (logits.argmax(1) == images.labels.narrow(0, first, count)).sum().item<int64_t>();
     progress_.update(done += count);
   }

@@ -86,6 +86,7 @@ void write_facts(Markup& page, const RunRecord& run) {
   fact(page, "learning rate", significant(r.lr) + (r.merge_lr != r.lr ? ", merger " + significant(r.merge_lr) : ""));
   if (r.selected_epoch != r.epochs) fact(page, "reported epoch", std::to_string(r.selected_epoch));
   if (r.skipped_images > 0) fact(page, "left out", grouped(r.skipped_images) + " images that do not decode");
+  if (r.peak_memory_bytes > 0) fact(page, "memory", grouped(r.peak_memory_bytes) + " bytes at most");
   if (r.device_memory_bytes > 0) fact(page, "GPU memory", grouped(r.device_memory_bytes) + " bytes in training");
   fact(page, "device", machine_text(r));
   fact(page, "versions", "pyractl " + r.pyractl_version + ", LibTorch " + r.libtorch_version);

@@ -48,7 +48,7 @@ class Finder {
   FoundSchedule run() {
     const double target = goal_.speedup ? fit_latency() : macs_target();
     solve(target);
-    if (goal_.speedup && goal_.latency_table.empty()) confirm(target);
+    if (goal_.speedup && goal_.latency_table.empty() && confirm(target)) judge_again();
     attach(found_.remove);
     if (!goal_.data.empty() && found_.likeness) measure_accuracy();
     return found_;
@@ -58,6 +58,10 @@ class Finder {
   void attach(const RemovalCounts& remove) {
     attach_merge(model_, context_.plugins, context_.choice, join(remove, ","), context_.proportional_attention,
                  context_.fresh_seed);
+  }
+  [[nodiscard]] double likeness_of(const RemovalCounts& remove) {
+    attach(remove);
+    return likeness_->of(model_);
   }
   [[nodiscard]] std::vector<int64_t> leaving(const RemovalCounts& remove) const {
     sdk::Schedule schedule{.text = {}, .remove = remove, .prune = {}, .merge = {}};
@@ -75,7 +79,8 @@ class Finder {
   void measure_samples(std::vector<LatencySample>& samples);
   void read_samples(std::vector<LatencySample>& samples) const;
   void solve(double target);
-  void confirm(double target);
+  bool confirm(double target);
+  void judge_again();
   void measure_accuracy();
   [[nodiscard]] Timing probe(const RemovalCounts& remove, int64_t pairs, double seconds);
   [[noreturn]] void give_up(const Timing& best) const;
@@ -96,6 +101,7 @@ class Finder {
   nn::Vit dense_;
   std::shared_ptr<const sdk::TokenMerger> merger_;
   std::optional<Stopwatch> stopwatch_;
+  std::optional<Likeness> likeness_;
   LatencyModel latency_;
   double dense_time_ = 1;
   FoundSchedule found_;
@@ -197,11 +203,8 @@ void Finder::solve(double target) {
     if (found_.remove.empty()) found_.remove = scale_to_cost(std::vector<double>(size_t(config_.depth), 1.0), problem);
     found_.uniform = scale_to_cost(std::vector<double>(size_t(config_.depth), 1.0), problem);
   } else {
-    const Likeness likeness(model_, judge_images(), context_.engine, context_.batch);
-    problem.quality = [&](const RemovalCounts& remove) {
-      attach(remove);
-      return likeness.of(model_);
-    };
+    likeness_.emplace(model_, judge_images(), context_.engine, context_.batch);
+    problem.quality = [this](const RemovalCounts& remove) { return likeness_of(remove); };
     progress_.begin("search", goal_.tries, "schedules");
     ScheduleAnswer answer = solve_schedule(problem, [&](int64_t tries, double best, double uniform) {
       progress_.update(tries, cat("likeness ", fixed(best, 4), ", uniform ", fixed(uniform, 4)));
@@ -218,8 +221,10 @@ void Finder::solve(double target) {
 }
 
 /// Measures what was found; the fit is corrected by what comes out until it is as fast as asked for, and not much more.
-void Finder::confirm(double target) {
+/// Whether that changed it.
+bool Finder::confirm(double target) {
   constexpr int64_t kTries = 6;
+  const RemovalCounts solved = found_.remove;
   const std::vector<double> shape(found_.remove.begin(), found_.remove.end());
   RemovalCounts best;
   Timing fastest;
@@ -246,6 +251,21 @@ void Finder::confirm(double target) {
   if (best.empty()) give_up(fastest);
   found_.remove = best;
   found_.predicted = 1 / cost(best);
+  return best != solved;
+}
+
+/// What is said of the schedule has to be said of the one that is written, beside a uniform one of its own cost.
+void Finder::judge_again() {
+  const ScheduleProblem problem{.depth = config_.depth,
+                                .limit = config_.tokens() / 2,
+                                .cost = [this](const RemovalCounts& remove) { return cost(remove); },
+                                .target = cost(found_.remove),
+                                .quality = {},
+                                .shapes = {}};
+  found_.uniform = scale_to_cost(std::vector<double>(size_t(config_.depth), 1.0), problem);
+  if (!likeness_) return;
+  found_.likeness = likeness_of(found_.remove);
+  found_.uniform_likeness = likeness_of(found_.uniform);
 }
 
 /// On images that neither the search nor, where there is a test split, the training has seen. Nothing is chosen by it.

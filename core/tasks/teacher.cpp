@@ -47,9 +47,17 @@ at::Tensor Teacher::look(const at::Tensor& images) {
   return run_in_batches(*engine_, images, kLookBatch, "the teacher's look at the images");
 }
 
-std::function<at::Tensor(const engine::TrainStep&)> Teacher::over(const data::ImageSet& set) {
-  if (augmented_) return [this](const engine::TrainStep& step) { return look(step.images); };
-  return [table = look(set.images)](const engine::TrainStep& step) {
+std::function<at::Tensor(const engine::TrainStep&)> Teacher::over(const data::StoredSet& set) {
+  if (augmented_)  // not look(): a signal must not end a step before the loop could save
+    return [this](const engine::TrainStep& step) {
+      std::vector<at::Tensor> pieces;
+      for (const at::Tensor& piece : step.images.split(kLookBatch)) pieces.push_back(engine_->run(piece.contiguous()));
+      return at::cat(pieces);
+    };
+  std::vector<at::Tensor> pieces;
+  for (int64_t first = 0, total = set.images.count(); first < total; first += kLookBatch)
+    pieces.push_back(look(set.images.range(first, std::min(kLookBatch, total - first))));
+  return [table = at::cat(pieces)](const engine::TrainStep& step) {
     return table.index_select(0, at::tensor(step.indices, at::kLong));
   };
 }
@@ -58,7 +66,10 @@ std::string Teacher::identity() const {
   sdk::TensorMap tensors = model_.file.weights;
   if (const auto& merge = model_.file.merge)
     for (const auto& [name, tensor] : merge->learned) tensors.emplace("merge." + name, tensor);
-  return fingerprint(tensors);
+  const auto& merge = model_.file.merge;
+  return cat(fingerprint(tensors), " ", merge_label(model_), " ", join(tokens_after(model_)),
+             merge && !merge->proportional_attention ? " not proportional, " : " ",
+             statistics_text(model_.file.preprocess));
 }
 
 }  // namespace pyra::tasks

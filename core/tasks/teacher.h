@@ -21,7 +21,7 @@ class Teacher {
 
   /// Logits for steps over `set`, which must outlive the function, as must this. Without augmentation each image is
   /// looked at once, before the first step.
-  [[nodiscard]] std::function<at::Tensor(const engine::TrainStep&)> over(const data::ImageSet& set);
+  [[nodiscard]] std::function<at::Tensor(const engine::TrainStep&)> over(const data::StoredSet& set);
 
   /// Tells whether two teachers are the same.
   [[nodiscard]] std::string identity() const;

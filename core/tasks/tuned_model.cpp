@@ -3,16 +3,11 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "data/loader.h"
+#include "tasks/run_model.h"
 
 namespace pyra::tasks {
 namespace {
-
-void apply_preprocess(nn::Preprocess& preprocess, const io::Recipe& recipe) {
-  if (recipe.image_size) preprocess.size = *recipe.image_size;
-  if (recipe.resize) preprocess.mode = *recipe.resize == "crop" ? nn::ResizeMode::crop : nn::ResizeMode::squash;
-  if (!recipe.mean.empty()) std::copy_n(recipe.mean.begin(), 3, preprocess.mean.begin());
-  if (!recipe.std.empty()) std::copy_n(recipe.std.begin(), 3, preprocess.std.begin());
-}
 
 /// Why the model's head does not fit, or "".
 std::string head_problem(const io::ModelFile& file, const Classes& classes, bool new_head) {
@@ -69,7 +64,7 @@ Model make_tuned_model(const io::Recipe& recipe, const Classes& classes, const h
     fail(ExitCode::usage, "no model to start from: set `model = \"FILE\"` in the recipe or give --model FILE");
   }
   Model model = load_model(recipe.model, plugins, {.image_size = recipe.image_size});
-  apply_preprocess(model.file.preprocess, recipe);
+  change_preprocess(model.file.preprocess, recipe);
   fit_head(model, recipe, classes, progress);
   const auto seed = uint64_t(recipe.seed);
   if (recipe.merge.name == "none") {
@@ -85,30 +80,68 @@ Model make_tuned_model(const io::Recipe& recipe, const Classes& classes, const h
   return model;
 }
 
-std::string fingerprint(const sdk::TensorMap& tensors) {
-  // Eight bytes a turn instead of FNV's one: a model of 86 M parameters takes a quarter of a second.
-  uint64_t hash = 0xcbf29ce484222325;
-  const auto mix = [&](uint64_t word) {
-    hash = (hash ^ word) * 0x100000001b3;
-    hash ^= hash >> 29;
-  };
-  const auto mix_bytes = [&](const char* bytes, size_t count) {
+namespace {
+
+/// Eight bytes a turn instead of FNV's one: a model of 86 M parameters takes a quarter of a second.
+class Fingerprint {
+ public:
+  void add_head(std::string_view name, at::IntArrayRef sizes) {
+    add_bytes(name.data(), name.size());
+    for (const int64_t size : sizes) mix(uint64_t(size));
+  }
+  void add_bytes(const void* from, size_t count) {
+    const char* bytes = static_cast<const char*>(from);
     for (; count >= 8; bytes += 8, count -= 8) {
       uint64_t word;
       std::memcpy(&word, bytes, 8);
       mix(word);
     }
     for (; count > 0; ++bytes, --count) mix(uint8_t(*bytes));
-  };
-  for (const auto& [name, tensor] : tensors) {
-    mix_bytes(name.data(), name.size());
-    for (const int64_t size : tensor.sizes()) mix(uint64_t(size));
-    const at::Tensor bytes = tensor.detach().contiguous();
-    mix_bytes(static_cast<const char*>(bytes.const_data_ptr()), bytes.nbytes());
   }
-  char text[17];
-  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash));
-  return text;
+  void add(std::string_view name, const at::Tensor& tensor) {
+    add_head(name, tensor.sizes());
+    const at::Tensor bytes = tensor.detach().contiguous();
+    add_bytes(bytes.const_data_ptr(), bytes.nbytes());
+  }
+  [[nodiscard]] std::string text() const {
+    char text[17];
+    std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash_));
+    return text;
+  }
+
+ private:
+  void mix(uint64_t word) {
+    hash_ = (hash_ ^ word) * 0x100000001b3;
+    hash_ ^= hash_ >> 29;
+  }
+
+  uint64_t hash_ = 0xcbf29ce484222325;
+};
+
+}  // namespace
+
+std::string fingerprint(const sdk::TensorMap& tensors) {
+  Fingerprint all;
+  for (const auto& [name, tensor] : tensors) all.add(name, tensor);
+  return all.text();
+}
+
+std::string fingerprint(const data::StoredSet& set) {
+  constexpr int64_t kPiece = 64;
+  const int64_t count = set.images.count(), size = set.images.image_size();
+  Fingerprint all;
+  all.add_head("images", {count, size, size, 3});
+  for (int64_t first = 0; first < count; first += kPiece) {
+    const at::Tensor piece = set.images.range(first, std::min(kPiece, count - first));
+    all.add_bytes(piece.const_data_ptr(), piece.nbytes());
+  }
+  all.add("labels", set.labels);
+  return all.text();
+}
+
+std::string statistics_text(const nn::Preprocess& preprocess) {
+  const auto& [m, s] = std::tie(preprocess.mean, preprocess.std);
+  return cat("mean ", m[0], " ", m[1], " ", m[2], " std ", s[0], " ", s[1], " ", s[2]);
 }
 
 std::string tensor_group(const std::string& full_name) {

@@ -6,6 +6,10 @@
 #include "base/progress.h"
 #include "tasks/assemble.h"
 
+namespace pyra::data {
+struct StoredSet;
+}
+
 namespace pyra::tasks {
 
 /// What the head has to tell apart.
@@ -25,6 +29,11 @@ struct Classes {
 
 /// FNV-1a over the names, shapes and bytes of the tensors: tells whether two models are the same.
 [[nodiscard]] std::string fingerprint(const sdk::TensorMap& tensors);
+/// The same over the images and labels of a set.
+[[nodiscard]] std::string fingerprint(const data::StoredSet& set);
+
+/// Mean and deviation that images are normalised with: what a run's identity holds beside the weights.
+[[nodiscard]] std::string statistics_text(const nn::Preprocess& preprocess);
 
 /// Tensors that train, by what they belong to: "head", "model" (its own, as BitFit's biases), "peft", "merge".
 [[nodiscard]] std::string tensor_group(const std::string& full_name);

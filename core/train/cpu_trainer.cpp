@@ -37,18 +37,19 @@ CpuTrainer::CpuTrainer(nn::Vit& model, const engine::TrainingImages& images, con
       options_(options),
       optimiser_(tensors_, options.adamw) {}
 
-at::Tensor CpuTrainer::images_of(const engine::TrainStep& step, const at::Tensor& indices) const {
+at::Tensor CpuTrainer::images_of(const engine::TrainStep& step) const {
   if (step.images.defined()) return step.images;
-  return nn::normalise(images_.images.index_select(0, indices), preprocess_);
+  const at::Tensor images = at::empty({int64_t(step.indices.size()), images_.size, images_.size, 3}, at::kByte);
+  images_.read(step.indices, images.data_ptr<uint8_t>());
+  return nn::normalise(images, preprocess_);
 }
 
 void CpuTrainer::step(const engine::TrainStep& step) {
-  const at::Tensor indices = at::tensor(step.indices, at::kLong);
-  const at::Tensor labels = images_.labels.index_select(0, indices);
-  const at::Tensor logits = model_.forward(images_of(step, indices), {.training = true,
-                                                                      .compute = compute_type(options_.precision),
-                                                                      .drop_path = options_.drop_path,
-                                                                      .random = {options_.seed, step.number}});
+  const at::Tensor labels = images_.labels.index_select(0, at::tensor(step.indices, at::kLong));
+  const at::Tensor logits = model_.forward(images_of(step), {.training = true,
+                                                             .compute = compute_type(options_.precision),
+                                                             .drop_path = options_.drop_path,
+                                                             .random = {options_.seed, step.number}});
   const at::Tensor loss = loss_of(logits, labels, step.teacher, options_.distillation);
   sums_.last_loss = loss.item<double>();
   sums_.last_norm = 0;

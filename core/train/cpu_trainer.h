@@ -16,7 +16,7 @@ class CpuTrainer final : public engine::Trainer {
   void take_over() override;
 
  private:
-  [[nodiscard]] at::Tensor images_of(const engine::TrainStep& step, const at::Tensor& indices) const;
+  [[nodiscard]] at::Tensor images_of(const engine::TrainStep& step) const;
 
   nn::Vit& model_;
   engine::TrainingImages images_;

@@ -14,15 +14,18 @@ namespace {
 /// soon.
 constexpr int64_t kStepsAhead = 32;
 
-int64_t steps_in(const data::ImageSet& images, int64_t batch) {
+int64_t steps_in(const data::StoredSet& images, int64_t batch) {
   return std::max<int64_t>(1, images.labels.size(0) / batch);
 }
 
-std::unique_ptr<engine::Trainer> make_trainer(nn::Vit& model, const data::ImageSet& images,
+std::unique_ptr<engine::Trainer> make_trainer(nn::Vit& model, const data::StoredSet& images,
                                               const nn::Preprocess& preprocess, const LoopSettings& settings) {
   const int64_t count = images.labels.size(0);
   if (count == 0) fail(ExitCode::input, "there is no image to train on");
-  const engine::TrainingImages set{images.images, images.labels};
+  const engine::TrainingImages set{
+      .size = images.images.image_size(),
+      .labels = images.labels,
+      .read = [&images](std::span<const int64_t> indices, uint8_t* to) { images.images.read(indices, to); }};
   const engine::TrainerOptions options{.device = settings.device,
                                        .precision = settings.precision,
                                        .adamw = settings.adamw,
@@ -38,7 +41,8 @@ std::unique_ptr<engine::Trainer> make_trainer(nn::Vit& model, const data::ImageS
 
 Diverged::~Diverged() = default;
 
-Loop::Loop(nn::Vit& model, const data::ImageSet& images, const nn::Preprocess& preprocess, const LoopSettings& settings)
+Loop::Loop(nn::Vit& model, const data::StoredSet& images, const nn::Preprocess& preprocess,
+           const LoopSettings& settings)
     : model_(model),
       images_(images),
       preprocess_(preprocess),
@@ -81,16 +85,15 @@ engine::TrainStep Loop::next_step() {
   return step;
 }
 
-std::optional<EpochReport> Loop::step() {
+std::optional<EpochReport> Loop::step(bool waits) {
   const auto start = std::chrono::steady_clock::now();
   const engine::TrainStep step = next_step();
   last_lr_ = step.lr;
   last_merge_lr_ = step.merge_lr;
   trainer_->step(step);
   ++steps_ahead_;
-  const bool waits = settings_.device == "cpu" || steps_ahead_ >= kStepsAhead;
   const double limit = settings_.max_seconds;
-  if (waits || position_.batch + 1 == steps_per_epoch_ ||
+  if (waits || settings_.device == "cpu" || steps_ahead_ >= kStepsAhead || position_.batch + 1 == steps_per_epoch_ ||
       (limit > 0 && position_.seconds + seconds_since(start) >= limit))
     wait();
   const double seconds = seconds_since(start);

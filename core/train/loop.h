@@ -70,13 +70,14 @@ class Loop {
  public:
   /// Puts `model` in training mode; model and images must outlive the loop. Error(input) for an empty set; what
   /// engine::make_cuda_trainer throws.
-  Loop(nn::Vit& model, const data::ImageSet& images, const nn::Preprocess& preprocess, const LoopSettings& settings);
+  Loop(nn::Vit& model, const data::StoredSet& images, const nn::Preprocess& preprocess, const LoopSettings& settings);
 
   [[nodiscard]] bool finished() const;
   /// One optimiser step; the report when it ended an epoch or the run. Throws Diverged naming step and learning
   /// rate, before anything was changed by what is not finite. On a GPU the step may be still to come, and what went
-  /// wrong in it is known kStepsAhead steps later or at the end of the epoch.
-  std::optional<EpochReport> step();
+  /// wrong in it is known kStepsAhead steps later or at the end of the epoch; with `waits` the step is done, as before
+  /// a settle(), whose time is not training's.
+  std::optional<EpochReport> step(bool waits = false);
 
   /// Waits for the steps begun. Throws Diverged as step() does.
   void wait();
@@ -106,7 +107,7 @@ class Loop {
   void advance();
 
   nn::Vit& model_;
-  const data::ImageSet& images_;
+  const data::StoredSet& images_;
   nn::Preprocess preprocess_;
   LoopSettings settings_;
   std::unique_ptr<engine::Trainer> trainer_;

@@ -59,15 +59,17 @@ at::Tensor soft_macs(const nn::VitConfig& config, const Rates& rates) {
   return macs;
 }
 
-RateMasks::RateMasks(const nn::VitConfig& config, const Rates& rates, int64_t batch)
+RateMasks::RateMasks(const nn::VitConfig& config, const Rates& rates, int64_t batch, bool proportional)
     : config_(config),
       rates_(rates),
+      proportional_(proportional),
       mask_(at::ones({batch, config.tokens()}, at::kFloat)),
       sizes_(mask_),
       present_(config.tokens()) {}
 
 at::Tensor RateMasks::attend(int64_t, const at::Tensor& qkv) {
-  kernels::MaskedAttentionOutput result = kernels::masked_attention(qkv, config_.num_heads, sizes_, mask_);
+  kernels::MaskedAttentionOutput result =
+      kernels::masked_attention(qkv, config_.num_heads, proportional_ ? sizes_ : at::ones_like(sizes_), mask_);
   class_attention_ = std::move(result.class_attention);
   return std::move(result.out);
 }

@@ -53,8 +53,8 @@ struct KeptCounts {
 /// masked out, behind them.
 class RateMasks final : public nn::SoftReduction {
  public:
-  /// For one forward pass of `batch` images; keeps references.
-  RateMasks(const nn::VitConfig& config, const Rates& rates, int64_t batch);
+  /// For one forward pass of `batch` images; keeps references. With `proportional` a token weighs as many as it is.
+  RateMasks(const nn::VitConfig& config, const Rates& rates, int64_t batch, bool proportional = true);
 
   [[nodiscard]] at::Tensor attend(int64_t block, const at::Tensor& qkv) override;
   [[nodiscard]] at::Tensor reduce(int64_t block, const at::Tensor& x) override;
@@ -67,6 +67,7 @@ class RateMasks final : public nn::SoftReduction {
  private:
   const nn::VitConfig& config_;
   const Rates& rates_;
+  bool proportional_;
   at::Tensor mask_, sizes_;     // [B,N]
   at::Tensor class_attention_;  // [B,N] of the block between attend and reduce
   int64_t present_ = 0;

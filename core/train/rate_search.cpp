@@ -102,7 +102,7 @@ KeptCounts fit_counts(const nn::VitConfig& config, const KeptCounts& counts, int
   return scaled(config, counts, low);
 }
 
-RateSearch::RateSearch(const nn::Vit& model, const data::ImageSet& images, const nn::Preprocess& preprocess,
+RateSearch::RateSearch(const nn::Vit& model, const data::StoredSet& images, const nn::Preprocess& preprocess,
                        const RateSearchSettings& settings)
     : model_(model),
       images_(images),
@@ -147,7 +147,7 @@ void RateSearch::step() {
   const data::Batch batch = next_batch();
   const at::AutoGradMode gradients(true);
   const Rates now = rates();
-  RateMasks masks(model_.config(), now, images_per_step());
+  RateMasks masks(model_.config(), now, images_per_step(), settings_.proportional_attention);
   const at::Tensor logits = model_.forward(batch.images, {.compute = settings_.compute, .soft = &masks});
   const at::Tensor cross_entropy = at::cross_entropy_loss(logits, batch.labels), macs = soft_macs(model_.config(), now);
   const at::Tensor loss = search_loss(cross_entropy, macs, settings_);

@@ -23,14 +23,15 @@ struct RateSearchSettings {
   int64_t batch = 32;  ///< images a step; a set with fewer makes one batch of what there is
   uint64_t seed = 0;
   at::ScalarType compute = at::kFloat;
-  KeptCounts start{};  ///< what the first rates keep; empty: every candidate is as likely as the others
+  bool proportional_attention = true;  ///< as the model that is to run with the counts
+  KeptCounts start{};                  ///< what the first rates keep; empty: every candidate is as likely as the others
 };
 
 class RateSearch {
  public:
   /// `model` merges nothing and has no tensor that trains; it and the images must outlive the search. Error(input) for
   /// an empty set, Error(usage) for a model of one block, which keeps all.
-  RateSearch(const nn::Vit& model, const data::ImageSet& images, const nn::Preprocess& preprocess,
+  RateSearch(const nn::Vit& model, const data::StoredSet& images, const nn::Preprocess& preprocess,
              const RateSearchSettings& settings);
 
   [[nodiscard]] bool finished() const { return position_.epoch >= settings_.epochs; }
@@ -58,7 +59,7 @@ class RateSearch {
   void advance(int64_t correct, int64_t images);
 
   const nn::Vit& model_;
-  const data::ImageSet& images_;
+  const data::StoredSet& images_;
   nn::Preprocess preprocess_;
   RateSearchSettings settings_;
   sdk::TensorMap logits_;  // "blocks.0.prune_logits" …

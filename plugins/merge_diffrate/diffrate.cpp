@@ -1,5 +1,5 @@
-// DiffRate (arXiv 2305.17997) with given kept counts: patch tokens are ranked by the class token's attention, those
-// beyond `prune` are dropped, and those beyond `merge` are averaged into the most alike of the tokens that stay.
+// DiffRate (arXiv 2305.17997) by counts of tokens to keep: patch tokens are ranked by the class token's attention,
+// those beyond `prune` are dropped, and those beyond `merge` are averaged into the most alike of the tokens that stay.
 #include "base/error.h"
 #include "sdk/plugin.h"
 
@@ -79,5 +79,6 @@ class DiffRate final : public TokenMerger {
 
 }  // namespace
 
-PYRA_MERGE_PLUGIN(DiffRate, "diffrate", "1.0",
-                  "Pruning and merging by class attention, with given kept counts (DiffRate, arXiv 2305.17997)")
+PYRA_MERGE_PLUGIN(
+    DiffRate, "diffrate", "1.0",
+    "Pruning and merging by class attention, by counts given or searched for (DiffRate, arXiv 2305.17997)")

@@ -84,7 +84,7 @@ nn::Vit make_model(const Method& method) {
   return vit;
 }
 
-data::ImageSet make_images(int64_t count) {
+data::StoredSet make_images(int64_t count) {
   data::ImageSet set{.images = at::empty({count, kSide, kSide, 3}, at::kByte),
                      .labels = at::empty({count}, at::kLong),
                      .paths = std::vector<std::string>(size_t(count), "made"),
@@ -93,7 +93,7 @@ data::ImageSet make_images(int64_t count) {
   uint8_t* pixels = set.images.data_ptr<uint8_t>();
   for (int64_t i = 0; i < set.images.numel(); ++i) pixels[i] = uint8_t(random.below(uint64_t(i), 256));
   for (int64_t i = 0; i < count; ++i) set.labels[i] = i % kClasses;
-  return set;
+  return data::stored(std::move(set));
 }
 
 LoopSettings settings_on(const std::string& device, engine::Precision precision = engine::Precision::fp32) {
@@ -107,18 +107,12 @@ LoopSettings settings_on(const std::string& device, engine::Precision precision 
   return settings;
 }
 
-sdk::TensorMap copies(const sdk::TensorMap& tensors) {
-  sdk::TensorMap out;
-  for (const auto& [name, tensor] : tensors) out[name] = tensor.clone();
-  return out;
-}
-
 struct Run {
   sdk::TensorMap state;
   std::vector<train::EpochReport> epochs;
 };
 
-Run run(const Method& method, const data::ImageSet& images, const LoopSettings& settings) {
+Run run(const Method& method, const data::StoredSet& images, const LoopSettings& settings) {
   nn::Vit model = make_model(method);
   Loop loop(model, images, {.size = kSide}, settings);
   Run result;
@@ -152,8 +146,8 @@ TEST_CASE("a GPU's steps give the fixture's gradients, losses and tensors", "[gp
   attach_golden_pyra(vit, source);
   const at::Tensor input = source.at("input"), labels = source.at("labels").to(at::kLong);
   const int64_t batch = input.size(0), side = input.size(2);
-  const at::Tensor unused = at::zeros({batch, side, side, 3}, at::kByte);
-  const auto trainer = engine::make_cuda_trainer(vit, {unused, labels}, {.size = side},
+  const engine::TrainingImages unread{.size = side, .labels = labels, .read = {}};  // the step brings its own
+  const auto trainer = engine::make_cuda_trainer(vit, unread, {.size = side},
                                                  {.device = "cuda:0", .adamw = {.weight_decay = 1e-4}, .batch = batch});
   engine::TrainStep step;
   step.images = input;
@@ -200,7 +194,7 @@ TEST_CASE("a GPU's steps give the fixture's gradients, losses and tensors", "[gp
 
 TEST_CASE("a GPU trains as the CPU does, dropout and drop-path included", "[gpu]") {
   PYRA_NEEDS_GPU();
-  const data::ImageSet images = make_images(27);  // 3 batches of 8 an epoch, 3 images dropped
+  const data::StoredSet images = make_images(27);  // 3 batches of 8 an epoch, 3 images dropped
   for (const Method& method : kMethods) {
     CAPTURE(method);
     const Run cpu = run(method, images, settings_on("cpu")), gpu = run(method, images, settings_on("cuda:0"));
@@ -224,7 +218,7 @@ TEST_CASE("a GPU trains as the CPU does, dropout and drop-path included", "[gpu]
 
 TEST_CASE("bf16 on a GPU stays near fp32", "[gpu]") {
   PYRA_NEEDS_GPU();
-  const data::ImageSet images = make_images(24);
+  const data::StoredSet images = make_images(24);
   for (const Method& method : kMethods) {
     CAPTURE(method);
     const Run exact = run(method, images, settings_on("cuda:0")),
@@ -236,7 +230,7 @@ TEST_CASE("bf16 on a GPU stays near fp32", "[gpu]") {
 
 TEST_CASE("a GPU's run is bit-equal when repeated and when resumed", "[gpu]") {
   PYRA_NEEDS_GPU();
-  const data::ImageSet images = make_images(27);
+  const data::StoredSet images = make_images(27);
   for (const auto precision : {engine::Precision::fp32, engine::Precision::bf16}) {
     const LoopSettings settings = settings_on("cuda:0", precision);
     const Run whole = run(kMethods[0], images, settings), again = run(kMethods[0], images, settings);
@@ -256,7 +250,7 @@ TEST_CASE("a GPU's run is bit-equal when repeated and when resumed", "[gpu]") {
 
 TEST_CASE("on a GPU what is not finite stops training and changes nothing", "[gpu]") {
   PYRA_NEEDS_GPU();
-  const data::ImageSet images = make_images(16);
+  const data::StoredSet images = make_images(16);
   LoopSettings settings = settings_on("cuda:0");
   settings.schedule = {.peak = 1e30, .warmup_lr = 1e30, .warmup_epochs = 0, .epochs = 1000};
   nn::Vit model = make_model(kMethods[0]);
@@ -273,7 +267,7 @@ TEST_CASE("on a GPU what is not finite stops training and changes nothing", "[gp
 
 TEST_CASE("what only the CPU trains is refused by name", "[gpu]") {
   PYRA_NEEDS_GPU();
-  const data::ImageSet images = make_images(8);
+  const data::StoredSet images = make_images(8);
   nn::VitConfig config = config_of(kMethods[0]);
   config.distilled = true;
   nn::Vit model(config, nn::random_weights(config, 3));

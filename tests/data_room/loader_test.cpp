@@ -54,15 +54,16 @@ TempDir& fill(TempDir& folder, const std::string& list) {
 TEST_CASE("some images of a split are spread over it, and no other is decoded") {
   const Dataset dataset = Dataset::open(kDemo);
   const nn::Preprocess preprocess{.size = 40};
-  const ImageSet all = load_split(dataset, "val200", preprocess);
+  const StoredSet all = load_split(dataset, "val200", preprocess);
+  const at::Tensor images = all.images.range(0, 200);
   for (const int64_t count : {1, 3, 64, 200, 1000}) {
     const ImageSet some = load_some(dataset, "val200", count, preprocess);
     const int64_t wanted = std::min<int64_t>(count, 200);
     REQUIRE(some.labels.size(0) == wanted);
     for (int64_t i = 0; i < wanted; ++i) {
       const int64_t at = (i * 200 + wanted - 1) / wanted;
-      CHECK(some.paths[size_t(i)] == all.paths[size_t(at)]);
-      CHECK(at::equal(some.images[i], all.images[at]));
+      CHECK(some.paths[size_t(i)] == dataset.split("val200")[size_t(at)].path);
+      CHECK(at::equal(some.images[i], images[at]));
       CHECK(some.labels[i].item<int64_t>() == all.labels[at].item<int64_t>());
     }
   }
@@ -79,24 +80,24 @@ TEST_CASE("a split is decoded in its order, whatever the number of threads") {
   const Dataset dataset = Dataset::open(kDemo);
   const nn::Preprocess preprocess{.size = 40};
   CountingProgress progress;
-  const ImageSet one = [&] {
+  const StoredSet one = [&] {
     const Threads threads(1);
     return load_split(dataset, "val200", preprocess, BadImages::fail, progress);
   }();
+  const at::Tensor images = one.images.range(0, one.images.count());
   CHECK(progress.label_ == "decode val200");
   CHECK((progress.total_ == 200 && progress.done_ == 200 && progress.ended_));
-  REQUIRE(one.images.sizes() == at::IntArrayRef{200, 40, 40, 3});
+  REQUIRE(images.sizes() == at::IntArrayRef{200, 40, 40, 3});
   for (const int count : {2, 3, 8}) {
     const Threads threads(count);
-    const ImageSet many = load_split(dataset, "val200", preprocess);
-    CHECK(at::equal(one.images, many.images));
+    const StoredSet many = load_split(dataset, "val200", preprocess);
+    CHECK(at::equal(images, many.images.range(0, 200)));
     CHECK(at::equal(one.labels, many.labels));
-    CHECK(one.paths == many.paths);
   }
   const auto& samples = dataset.split("val200");
   for (int64_t i = 0; i < 200; i += 37) {
     const Image image = prepare(decode(dataset.read(samples[size_t(i)]), "image"), preprocess);
-    CHECK(at::equal(one.images[i], test::as_tensor(image)));
+    CHECK(at::equal(images[i], test::as_tensor(image)));
     CHECK(one.labels[i].item<int64_t>() == samples[size_t(i)].label);
   }
 }
@@ -115,13 +116,16 @@ TEST_CASE("the first bad image in the list's order stops the load, or bad ones a
       check_error(ExitCode::input, {"images/cut.jpg", "test.txt:3", "cut", "--bad-images skip"},
                   [&] { (void)load_split(dataset, "test", preprocess); });
     }
-    const ImageSet set = load_split(dataset, "test", preprocess, BadImages::skip);
-    CHECK(set.paths ==
-          std::vector<std::string>{"images/rgb.png", "images/rgb.bmp", "images/gray.jpg", "images/small.png"});
+    const StoredSet set = load_split(dataset, "test", preprocess, BadImages::skip);
     CHECK(at::equal(set.labels, at::tensor({0, 1, 4, 6}, at::kLong)));
-    REQUIRE(set.images.sizes() == at::IntArrayRef{4, 16, 16, 3});
+    REQUIRE(set.images.count() == 4);
+    const ImageSet piece = load_some(dataset, "test", 100, preprocess, BadImages::skip);
+    CHECK(piece.paths ==
+          std::vector<std::string>{"images/rgb.png", "images/rgb.bmp", "images/gray.jpg", "images/small.png"});
+    CHECK(at::equal(piece.images, set.images.range(0, 4)));
+    CHECK(at::equal(piece.labels, set.labels));
     const Image last = prepare(decode(test::get_bytes(kImages / "small.png"), "small.png"), preprocess);
-    CHECK(at::equal(set.images[3], test::as_tensor(last)));
+    CHECK(at::equal(piece.images[3], test::as_tensor(last)));
     REQUIRE(set.skipped.size() == 3);
     CHECK(set.skipped[0].path == "images/cut.jpg");
     CHECK(set.skipped[1].path == "images/text.png");
@@ -134,14 +138,14 @@ TEST_CASE("the first bad image in the list's order stops the load, or bad ones a
               [&] { (void)load_split(bad, "test", preprocess, BadImages::skip); });
 }
 
-TEST_CASE("a split too large for memory is refused with the figure") {
+TEST_CASE("a piece too large for memory is refused with the figure") {
   const TempDir folder;
   std::string list;
   for (int i = 0; i < 20'000; ++i) list += cat("images/", i, ".png 0\n");
   put(folder / "test.txt", list);
   const Dataset dataset = Dataset::open(folder.path());
   check_error(ExitCode::device, {"20000 images", "1000 x 1000", "55 GiB"},
-              [&] { (void)load_split(dataset, "test", {.size = 1000}); });
+              [&] { (void)load_some(dataset, "test", 20'000, {.size = 1000}); });
 }
 
 TEST_CASE("a pending signal ends the load") {
@@ -174,10 +178,11 @@ TEST_CASE("an epoch's order is a permutation of its own") {
 
 TEST_CASE("a batch holds the images asked for, augmented by seed, epoch and index alone") {
   const nn::Preprocess preprocess{.size = 24};
-  const ImageSet set = load_split(Dataset::open(kDemo), "val200", preprocess);
+  const StoredSet set = load_split(Dataset::open(kDemo), "val200", preprocess);
+  const at::Tensor images = set.images.range(0, 200);
   const std::vector<int64_t> indices{5, 199, 0, 42, 5};
   const at::Tensor rows = at::tensor(indices, at::kLong);
-  const at::Tensor plain = normalise(set.images.index_select(0, rows), preprocess);
+  const at::Tensor plain = normalise(images.index_select(0, rows), preprocess);
 
   const Batch batch = make_batch(set, indices, preprocess, {}, 1, 0);
   CHECK(at::equal(batch.images, plain));
@@ -185,7 +190,7 @@ TEST_CASE("a batch holds the images asked for, augmented by seed, epoch and inde
 
   std::vector<int64_t> all(200);
   for (int64_t i = 0; i < 200; ++i) all[size_t(i)] = i;
-  const at::Tensor whole = normalise(set.images, preprocess), mirrored = whole.flip(3);
+  const at::Tensor whole = normalise(images, preprocess), mirrored = whole.flip(3);
   const at::Tensor flipped = make_batch(set, all, preprocess, {.hflip = true}, 1, 0).images;
   int64_t flips = 0;
   for (int64_t i = 0; i < 200; ++i) {

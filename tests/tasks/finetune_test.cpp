@@ -208,6 +208,26 @@ TEST_CASE("a dry run tells what would be done and writes nothing", "[finetune]")
   CHECK(task.listing() == before);
 }
 
+TEST_CASE("images that cannot be read are known before training, and are counted once", "[finetune]") {
+  const TinyTask task;
+  const auto before = [&] {
+    test::put(task.folder / "data/images/30.ppm", "no image");
+    return task.listing();
+  }();
+  check_error(ExitCode::input, {"30.ppm", "--bad-images skip"}, [&] { (void)task.finetune("run"); });
+  tasks::FinetuneOptions options{.recipe = task.recipe({"train.lr=[0.1,0.2]", "train.epochs=1"})};
+  options.recipe.out = task.folder / "run";
+  check_error(ExitCode::input, {"30.ppm"}, [&] { (void)tasks::finetune_dry_run(options, test::built_plugins()); });
+  CHECK(task.listing() == before);
+  // One of the 1000, which trials and the last training both load, and one of the test images.
+  test::put(task.folder / "data/images/20.ppm", "no image");
+  options.bad_images = data::BadImages::skip;
+  const auto report = tasks::finetune(options, test::built_plugins());
+  CHECK(report.skipped_images == 2);
+  CHECK(report.test_images == 14);
+  CHECK(report.peak_memory_bytes > 1 << 20);
+}
+
 TEST_CASE("a diverging run stops with exit 7 and keeps its last good checkpoint", "[finetune]") {
   const TinyTask task;
   const auto diverge = [&] { (void)task.finetune("run", {"train.lr=[1e30]", "train.warmup_epochs=0"}); };
@@ -260,6 +280,11 @@ TEST_CASE("a continuation with another recipe, model or data set is refused", "[
   other.weights = weights;
   io::write_model(task.folder / "model.safetensors", other);
   check_error(ExitCode::usage, {"base model"}, resume({}));
+  other = io::read_model(task.folder / "model.safetensors");
+  other.weights = nn::random_weights(test::tiny_config(), 3);
+  other.preprocess.mean = {0.1f, 0.2f, 0.3f};
+  io::write_model(task.folder / "model.safetensors", other);
+  check_error(ExitCode::usage, {"base model", "mean 0.1"}, resume({}));
 }
 
 TEST_CASE("a finished run that is resumed gives the same result again", "[finetune]") {

@@ -23,7 +23,8 @@ int64_t correct(const TinyTask& task, const std::string& model_file) {
   const auto model = tasks::load_model(task.folder / model_file, test::built_plugins());
   const auto data = data::Dataset::open(task.folder / "data");
   const auto set = data::load_split(data, "test", model.file.preprocess);
-  const at::Tensor logits = model.vit->forward(nn::normalise(set.images, model.file.preprocess));
+  const at::Tensor logits =
+      model.vit->forward(nn::normalise(set.images.range(0, set.images.count()), model.file.preprocess));
   return (logits.argmax(1) == set.labels).sum().item<int64_t>();
 }
 
@@ -116,9 +117,34 @@ TEST_CASE("a tuned model leaves for transformers as a folder", "[merge-lora]") {
   CHECK(correct(task, "hf") == trained.correct);
   for (const char* file : {"config.json", "preprocessor_config.json", "model.safetensors"})
     CHECK(std::filesystem::exists(task.folder / "hf" / file));
+  (void)merge(task, "run", "slash/", "hf");
+  CHECK(std::filesystem::exists(task.folder / "slash/config.json"));
   check_error(ExitCode::usage, {"hf", "already"}, [&] { (void)merge(task, "run", "hf", "hf"); });
   // Nothing but what was asked for: the unverified folder got its name.
   for (const auto& name : task.listing()) CHECK(name.find("unverified") == std::string::npos);
+}
+
+TEST_CASE("a link stays a link and what it points to is replaced", "[merge-lora]") {
+  const TinyTask task;
+  (void)task.finetune("run", {"train.epochs=1"});
+  std::filesystem::create_directory(task.folder / "elsewhere");
+  test::put(task.folder / "elsewhere/m.safetensors", "old");
+  std::filesystem::create_symlink("elsewhere/m.safetensors", task.folder / "m.safetensors");
+  (void)merge(task, "run", "m.safetensors");
+  CHECK(std::filesystem::is_symlink(task.folder / "m.safetensors"));
+  CHECK(tasks::load_model(task.folder / "elsewhere/m.safetensors", test::built_plugins()).file.merge.has_value());
+}
+
+TEST_CASE("a model file whose merger is damaged is an input at fault", "[merge-lora]") {
+  const TinyTask task;
+  (void)task.finetune("run", {"train.epochs=1"});
+  (void)merge(task, "run", "m.safetensors");
+  const io::SafetensorsFile file(task.folder / "m.safetensors");
+  sdk::TensorMap tensors = file.tensors();
+  tensors.erase("merge.pyra.blocks.0.a");
+  io::write_safetensors(task.folder / "less.safetensors", tensors, file.metadata());
+  check_error(ExitCode::input, {"less.safetensors", "blocks.0.a"},
+              [&] { (void)tasks::load_model(task.folder / "less.safetensors", test::built_plugins()); });
 }
 
 TEST_CASE("a timm file cannot carry a merger", "[merge-lora]") {

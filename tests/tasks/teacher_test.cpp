@@ -38,6 +38,9 @@ TEST_CASE("a step's loss with a teacher is Hinton's, and its gradient that of th
   const TinyTask task;
   const at::Tensor images = (at::arange(4 * 16 * 16 * 3) % 251).to(at::kByte).view({4, 16, 16, 3});
   const at::Tensor labels = at::tensor({0, 2, 1, 0}, at::kLong), teacher = at::randn({4, 3}) * 3;
+  const data::ImageStore store(images);
+  const engine::TrainingImages set{
+      .size = 16, .labels = labels, .read = [&](std::span<const int64_t> some, uint8_t* to) { store.read(some, to); }};
   for (const double weight : {0.3, 1.0}) {
     nn::Vit model(tiny_config(), nn::random_weights(tiny_config(), 3));
     const at::Tensor logits = model.forward(nn::normalise(images, {.size = 16})).detach();
@@ -45,7 +48,7 @@ TEST_CASE("a step's loss with a teacher is Hinton's, and its gradient that of th
     const at::Tensor q = (teacher / t).softmax(1), p = (logits / t).softmax(1);
     const double divergence = (q * (q.log() - p.log())).sum().item<double>() / 4 * t * t;
     const double entropy = -logits.log_softmax(1).gather(1, labels.unsqueeze(1)).mean().item<double>();
-    train::CpuTrainer trainer(model, {images, labels}, {.size = 16},
+    train::CpuTrainer trainer(model, set, {.size = 16},
                               {.batch = 4, .distillation = {.weight = weight, .temperature = t}});
     {
       const at::AutoGradMode gradients(true);
@@ -65,10 +68,10 @@ TEST_CASE("a taught student comes nearer to its teacher than one that learns fro
   CHECK(taught.accuracy >= 0);
   const auto agreement = [&](const std::string& run) {
     const data::Dataset dataset = data::Dataset::open(task.folder / "data");
-    const data::ImageSet set = data::load_split(dataset, "test", {.size = 16});
+    const data::StoredSet set = data::load_split(dataset, "test", {.size = 16});
     const auto logits = [&](const std::filesystem::path& path) {
       const tasks::Model model = tasks::load_model(path, built_plugins());
-      return tasks::make_engine(model, "cpu", engine::Precision::fp32)->run(set.images);
+      return tasks::make_engine(model, "cpu", engine::Precision::fp32)->run(set.images.range(0, set.images.count()));
     };
     const auto merged = task.folder / (run + ".safetensors");
     (void)tasks::merge_lora({.run = task.folder / run, .out = merged}, built_plugins());
@@ -87,6 +90,11 @@ TEST_CASE("a run with a teacher is repeated and resumed bit for bit, by the same
   // An augmented image is shown to the teacher as the student sees it.
   (void)task.finetune("flipped", {"train.epochs=4", io::recipe_override("train.teacher", teacher)});
   CHECK(task.adapter_bytes("flipped") != task.adapter_bytes("a"));
+  tasks::Model merging = tasks::load_model(teacher, built_plugins());
+  tasks::attach_merge(merging, built_plugins(), {.name = "tome", .parameters = {}}, "4,2", true, std::nullopt);
+  io::write_model(teacher, merging.file);  // the same weights, another model
+  check_error(ExitCode::usage, {"taught by"},
+              [&] { (void)task.finetune("a", taught_by(teacher, {"train.epochs=4"}), true); });
   std::filesystem::copy_file(task.folder / "model.safetensors", teacher,
                              std::filesystem::copy_options::overwrite_existing);
   check_error(ExitCode::usage, {"model"},

@@ -36,20 +36,19 @@ nn::Vit tiny_model() {
 }
 
 /// Images whose colour tells their class.
-data::ImageSet tiny_images(int64_t n) {
+data::StoredSet tiny_images(int64_t n) {
   data::ImageSet set{
       .images = at::empty({n, 16, 16, 3}, at::kByte), .labels = at::empty({n}, at::kLong), .paths = {}, .skipped = {}};
   const Philox random(4, RandomStream::init);
   for (int64_t i = 0; i < n; ++i) {
     set.labels[i] = i % test::kTinyClasses;
-    set.paths.push_back(cat(i));
     auto* pixels = set.images[i].data_ptr<uint8_t>();
     for (int64_t p = 0; p < 16 * 16 * 3; ++p) {
       const uint64_t noise = random.below(uint64_t(i * 768 + p), 100);
       pixels[p] = uint8_t(noise + (p % 3 == i % test::kTinyClasses ? 150 : 0));
     }
   }
-  return set;
+  return data::stored(std::move(set));
 }
 
 LoopSettings tiny_settings() {
@@ -65,7 +64,7 @@ const nn::Preprocess kPreprocess{.size = 16};
 }  // namespace
 
 TEST_CASE("a loop restored before any step ends bit-equal to the unbroken one", "[loop]") {
-  const data::ImageSet images = tiny_images(27);  // 3 batches of 8 an epoch, 3 images dropped
+  const data::StoredSet images = tiny_images(27);  // 3 batches of 8 an epoch, 3 images dropped
   std::vector<std::pair<train::Position, sdk::TensorMap>> snapshots;
   nn::Vit model = tiny_model();
   Loop whole(model, images, kPreprocess, tiny_settings());
@@ -90,7 +89,7 @@ TEST_CASE("a loop restored before any step ends bit-equal to the unbroken one", 
 }
 
 TEST_CASE("training learns what colours mean", "[loop]") {
-  const data::ImageSet images = tiny_images(48);
+  const data::StoredSet images = tiny_images(48);
   nn::Vit model = tiny_model();
   LoopSettings settings = tiny_settings();
   settings.schedule = {.peak = 2e-2, .warmup_epochs = 1, .epochs = 8};
@@ -108,7 +107,7 @@ TEST_CASE("training learns what colours mean", "[loop]") {
 }
 
 TEST_CASE("fewer images than a batch make one batch", "[loop]") {
-  const data::ImageSet images = tiny_images(5);
+  const data::StoredSet images = tiny_images(5);
   nn::Vit model = tiny_model();
   Loop loop(model, images, kPreprocess, tiny_settings());
   CHECK(loop.steps_per_epoch() == 1);
@@ -116,13 +115,12 @@ TEST_CASE("fewer images than a batch make one batch", "[loop]") {
   const auto epoch = loop.step();
   REQUIRE(epoch.has_value());
   CHECK(loop.position().epoch == 1);
-  const data::ImageSet none{
-      .images = at::empty({0, 16, 16, 3}, at::kByte), .labels = at::empty({0}, at::kLong), .paths = {}, .skipped = {}};
+  const data::StoredSet none = tiny_images(0);
   CHECK_THROWS_AS(Loop(model, none, kPreprocess, tiny_settings()), Error);
 }
 
 TEST_CASE("the merger's tensors may take a rate of their own", "[loop]") {
-  const data::ImageSet images = tiny_images(8);
+  const data::StoredSet images = tiny_images(8);
   LoopSettings settings = tiny_settings();
   settings.schedule.warmup_epochs = 0;
   const auto moved = [&](double merge_lr) {
@@ -148,7 +146,7 @@ TEST_CASE("the merger's tensors may take a rate of their own", "[loop]") {
 }
 
 TEST_CASE("a time limit ends training and squeezes the schedule", "[loop][timed]") {
-  const data::ImageSet images = tiny_images(16);
+  const data::StoredSet images = tiny_images(16);
   nn::Vit model = tiny_model();
   LoopSettings settings = tiny_settings();
   settings.schedule.epochs = 1000000;
@@ -166,7 +164,7 @@ TEST_CASE("a time limit ends training and squeezes the schedule", "[loop][timed]
 }
 
 TEST_CASE("what is not finite stops training and changes nothing", "[loop]") {
-  const data::ImageSet images = tiny_images(16);
+  const data::StoredSet images = tiny_images(16);
   nn::Vit model = tiny_model();
   LoopSettings settings = tiny_settings();
   settings.schedule = {.peak = 1e30, .warmup_lr = 1e30, .warmup_epochs = 0, .epochs = 1000};
@@ -188,7 +186,7 @@ TEST_CASE("what is not finite stops training and changes nothing", "[loop]") {
 }
 
 TEST_CASE("a state of another model is refused by its tensor", "[loop]") {
-  const data::ImageSet images = tiny_images(16);
+  const data::StoredSet images = tiny_images(16);
   nn::Vit model = tiny_model();
   Loop loop(model, images, kPreprocess, tiny_settings());
   sdk::TensorMap state = test::copies(loop.state());

@@ -172,6 +172,21 @@ TEST_CASE("rates that keep all change nothing", "[rates]") {
   CHECK(test::max_difference(vit.forward(images, {.soft = &masks}), vit.forward(images)) < 1e-5);
 }
 
+TEST_CASE("without proportional attention a merged token weighs one, and pruning alone is the same", "[rates]") {
+  const nn::VitConfig config = test::tiny_config(kDepth);
+  const nn::Vit vit(config, nn::random_weights(config, 3));
+  const Rates rates = train::rates_of(config, random_logits(config, 1));
+  REQUIRE(train::kept_counts(rates, config.tokens()).merge.back() < config.tokens());
+  const at::Tensor images = normal({2, 3, 16, 16}, 8);
+  const at::NoGradGuard no_gradients;
+  const auto difference = [&](const Rates& chosen) {
+    train::RateMasks weighed(config, chosen, 2), plain(config, chosen, 2, false);
+    return test::max_difference(vit.forward(images, {.soft = &weighed}), vit.forward(images, {.soft = &plain}));
+  };
+  CHECK(difference(rates) > 1e-4);
+  CHECK(difference({.prune = rates.prune, .merge = rates.prune}) == 0);
+}
+
 TEST_CASE("an average-pooled model pools what is left", "[rates]") {
   nn::VitConfig config = test::tiny_config(kDepth);
   config.pool = nn::Pool::avg;

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kDepth = 4;
 
-data::ImageSet random_images(int64_t n) {
+data::StoredSet random_images(int64_t n) {
   data::ImageSet set{
       .images = at::empty({n, 16, 16, 3}, at::kByte), .labels = at::empty({n}, at::kLong), .paths = {}, .skipped = {}};
   const Philox random(4, RandomStream::init);
@@ -27,7 +27,7 @@ data::ImageSet random_images(int64_t n) {
     auto* pixels = set.images[i].data_ptr<uint8_t>();
     for (int64_t p = 0; p < 16 * 16 * 3; ++p) pixels[p] = uint8_t(random.below(uint64_t(i * 768 + p), 256));
   }
-  return set;
+  return data::stored(std::move(set));
 }
 
 const nn::Preprocess kPreprocess{.size = 16};
@@ -43,7 +43,7 @@ TEST_CASE("a search moves its counts to the target and leaves the model alone", 
   const double share = GENERATE(0.5, 0.85);
   const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
   const sdk::TensorMap before = test::copies(vit.weights());
-  const data::ImageSet images = random_images(27);
+  const data::StoredSet images = random_images(27);
   RateSearch search(vit, images, kPreprocess, settings(share));
   const auto distance = [&] {
     const auto macs = double(nn::count_macs(test::tiny_config(kDepth), search.counts().merge));
@@ -60,7 +60,7 @@ TEST_CASE("a search moves its counts to the target and leaves the model alone", 
 
 TEST_CASE("a search that is restored goes on bit for bit", "[rate_search]") {
   const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
-  const data::ImageSet images = random_images(27);
+  const data::StoredSet images = random_images(27);
   const RateSearchSettings chosen = settings(0.5);
   RateSearch unbroken(vit, images, kPreprocess, chosen);
   while (!unbroken.finished()) unbroken.step();
@@ -77,7 +77,7 @@ TEST_CASE("a search that is restored goes on bit for bit", "[rate_search]") {
 
 TEST_CASE("another seed is another search", "[rate_search]") {
   const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
-  const data::ImageSet images = random_images(27);
+  const data::StoredSet images = random_images(27);
   const auto end = [&](uint64_t seed) {
     RateSearchSettings chosen = settings(0.5);
     chosen.seed = seed;
@@ -92,7 +92,7 @@ TEST_CASE("another seed is another search", "[rate_search]") {
 
 TEST_CASE("a state of another search is refused by the tensor's name", "[rate_search]") {
   const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
-  const data::ImageSet images = random_images(8);
+  const data::StoredSet images = random_images(8);
   RateSearch search(vit, images, kPreprocess, settings(0.5));
   sdk::TensorMap state = test::copies(search.state());
   state["value.blocks.1.merge_logits"] = at::zeros({3});
@@ -106,7 +106,7 @@ TEST_CASE("a loss that is not finite stops the search before it changes anything
   sdk::TensorMap weights = nn::random_weights(test::tiny_config(kDepth), 3);
   weights.at("head.bias")[0] = std::numeric_limits<float>::quiet_NaN();
   const nn::Vit vit(test::tiny_config(kDepth), std::move(weights));
-  const data::ImageSet images = random_images(8);
+  const data::StoredSet images = random_images(8);
   RateSearch search(vit, images, kPreprocess, settings(0.5));
   const sdk::TensorMap before = test::copies(search.state());
   CHECK_THROWS_AS(search.step(), train::Diverged);
@@ -119,7 +119,7 @@ TEST_CASE("nothing to search in one block, or without images", "[rate_search]") 
   shallow.depth = 1;
   const nn::Vit one(shallow, nn::random_weights(shallow, 3)),
       vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
-  const data::ImageSet images = random_images(8), none = random_images(0);
+  const data::StoredSet images = random_images(8), none = random_images(0);
   test::check_error(ExitCode::usage, {"one block"}, [&] { RateSearch(one, images, kPreprocess, settings(0.5)); });
   test::check_error(ExitCode::input, {"no image"}, [&] { RateSearch(vit, none, kPreprocess, settings(0.5)); });
 }
@@ -140,7 +140,7 @@ TEST_CASE("logits are found for any count but one patch, which could not train",
 
 TEST_CASE("a search starts from the counts it is given", "[rate_search]") {
   const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
-  const data::ImageSet images = random_images(8);
+  const data::StoredSet images = random_images(8);
   RateSearchSettings chosen = settings(0.5);
   chosen.start = {.prune = {17, 14, 9, 5}, .merge = {17, 12, 8, 3}};
   CHECK(RateSearch(vit, images, kPreprocess, chosen).counts() == chosen.start);

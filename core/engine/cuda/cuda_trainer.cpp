@@ -1,10 +1,10 @@
 #include "engine/cuda/cuda_trainer.h"
 
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
 
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "base/error.h"
 #include "engine/cuda/device.h"
@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kMaxTrainBatch = 4096;
 constexpr double kSetShare = 0.5;  // of the free memory that the set of images may take
+constexpr int64_t kUploadBytes = int64_t{32} << 20;
 
 int checked_batch(const TrainerOptions& options) {
   if (options.precision == Precision::fp16)
@@ -42,7 +43,7 @@ CudaTrainer::CudaTrainer(nn::Vit& model, const TrainingImages& images, const nn:
       images_(images),
       options_(options),
       batch_(checked_batch(options)),
-      image_bytes_(images.images.numel() / images.images.size(0)) {
+      image_bytes_(images.image_bytes()) {
   const size_t b = size_t(batch_), depth = size_t(model.config().depth);
   layout_.order = aligned(sizeof(cuda::StepInputs));
   layout_.labels = layout_.order + aligned(b * sizeof(int32_t));
@@ -99,15 +100,26 @@ void CudaTrainer::place_images() {
   batch_images_ = DeviceMemory(size_t(batch_) * size_t(image_bytes_) * value);
   size_t free_bytes = 0, total = 0;
   PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
-  const at::Tensor& images = images_.images;
-  if (!augmented_ && double(images.nbytes()) <= kSetShare * double(free_bytes)) {
-    set_ = DeviceMemory(images.nbytes());
-    PYRA_CUDA(cudaMemcpy(set_.get(), images.contiguous().const_data_ptr(), set_.bytes(), cudaMemcpyHostToDevice));
-    return;
-  }
+  const double set_bytes = double(images_.count()) * double(image_bytes_);
+  if (!augmented_ && set_bytes <= kSetShare * double(free_bytes)) return upload_set();
   for (Slot& slot : slots_) {
     slot.images = PinnedMemory(batch_images_.bytes());
     slot.device_images = DeviceMemory(batch_images_.bytes());
+  }
+}
+
+/// A piece at a time: the host keeps no copy of the set.
+void CudaTrainer::upload_set() {
+  const int64_t count = images_.count(), piece = std::clamp<int64_t>(kUploadBytes / image_bytes_, 1, count);
+  set_ = DeviceMemory(size_t(count * image_bytes_));
+  const PinnedMemory buffer(size_t(piece * image_bytes_));
+  std::vector<int64_t> indices;
+  for (int64_t first = 0; first < count; first += piece) {
+    indices.resize(size_t(std::min(piece, count - first)));
+    std::iota(indices.begin(), indices.end(), first);
+    images_.read(indices, buffer.get<uint8_t>());
+    PYRA_CUDA(cudaMemcpy(set_.get<char>() + first * image_bytes_, buffer.get(), indices.size() * size_t(image_bytes_),
+                         cudaMemcpyHostToDevice));
   }
 }
 
@@ -148,12 +160,7 @@ void CudaTrainer::stage_images(const TrainStep& step, Slot& slot) {
     const at::Tensor images = step.images.contiguous();
     std::memcpy(to, images.const_data_ptr(), slot.images.bytes());
   } else {
-    const at::Tensor set = images_.images.contiguous();
-    const auto* from = static_cast<const char*>(set.const_data_ptr());
-    at::parallel_for(0, batch_, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        std::memcpy(to + i * image_bytes_, from + step.indices[size_t(i)] * image_bytes_, size_t(image_bytes_));
-    });
+    images_.read(step.indices, slot.images.get<uint8_t>());
   }
   PYRA_CUDA(cudaMemcpyAsync(slot.device_images.get(), to, slot.images.bytes(), cudaMemcpyHostToDevice, copy_));
   PYRA_CUDA(cudaEventRecord(slot.copied, copy_));

@@ -34,6 +34,7 @@ class CudaTrainer final : public Trainer {
   };
   void check_room() const;
   void place_images();
+  void upload_set();
   void write_inputs(const TrainStep& step, char* to) const;
   void stage_images(const TrainStep& step, Slot& slot);
   void enqueue_step();
