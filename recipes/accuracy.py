@@ -1,11 +1,10 @@
 """The working half of accuracy.sh: runs pyractl, and makes a table of means and paired differences."""
 import argparse
-import math
 import statistics
 import sys
 from pathlib import Path
 
-from runs import named, pyractl, read_rows, run_all, sets
+from runs import interval, named, pyractl, read_rows, run_all, sets
 
 # name: (PEFT method, merger, schedule). ToMe "untrained" is the dense LoRA model merged without training.
 METHODS = {
@@ -22,9 +21,6 @@ UNTRAINED = {"ToMe low, not trained": ("tome", "low"), "ToMe high, not trained":
 PAIRS = [("LoRA + PYRA high", "LoRA + ToMe high"), ("LoRA, dense", "LoRA + PYRA low"),
          ("LoRA + PYRA high", "ToMe high, not trained"), ("LoRA + PYRA low", "LoRA + ToMe low"),
          ("LoRA + PYRA high", "LoRA + DiffRate high")]  # fmt: skip
-# Student's t for 95 %, by degrees of freedom.
-T95 = [0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-       2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045]  # fmt: skip
 
 
 def row(model, task, seed, method, report, **more):
@@ -68,8 +64,7 @@ def difference(rows, model, better, worse):
              if method == better and (task, seed, worse) in by_key]  # fmt: skip
     if len(pairs) < 2:
         return None
-    t = T95[len(pairs) - 1] if len(pairs) <= len(T95) else 1.96
-    return statistics.mean(pairs), t * statistics.stdev(pairs) / math.sqrt(len(pairs)), len(pairs)
+    return *interval(pairs), len(pairs)
 
 
 def table(rows, models, tasks):
@@ -85,7 +80,7 @@ def table(rows, models, tasks):
                     cells.append("")
                     continue
                 means.append(statistics.mean(found))
-                cells.append(f"{means[-1]:.1f} ± {statistics.stdev(found) if len(found) > 1 else 0:.1f}")
+                cells.append(f"{means[-1]:.1f}" + (f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""))
             mean = f"{statistics.mean(means):.1f}" if len(means) == len(tasks) else ""
             if means:
                 lines.append(f"| {method} | " + " | ".join(cells) + f" | {mean} |")

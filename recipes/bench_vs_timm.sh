@@ -7,8 +7,9 @@
 # Each round measures every row once on both sides, side by side. Printed: images/s of both, the ratio with its 95 %
 # interval, and our speed-up over our own dense model. Exit code 0 only if every interval lies at or above 1.0, else 1.
 #
-# timm runs in an environment of its own, .deps/timm-env (several GB with the GPU packages that PyPI's torch brings, made on first use, needs the network), or under
-# PYRA_TIMM_PYTHON=/path/to/python when that names a Python with torch 2.11 and timm. PYRACTL names another binary.
+# timm runs in an environment of its own, .deps/timm-env (several GB with the GPU packages that PyPI's torch brings,
+# made on first use, needs the network), or under PYRA_TIMM_PYTHON=/path/to/python when that names a Python with torch
+# 2.11 and timm. PYRACTL names another binary.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -1,10 +1,24 @@
 """What the recipes that run pyractl many times share: one call, names of files, a log of runs that are done."""
 import concurrent.futures
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+# Student's t for 95 %, by degrees of freedom.
+T95 = [0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+       2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045]  # fmt: skip
+
+
+def interval(values):
+    """Mean of the values, and half its 95 % interval; that of a single one is without bound."""
+    if len(values) < 2:
+        return statistics.mean(values), math.inf
+    t = T95[len(values) - 1] if len(values) <= len(T95) else 1.96
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def pyractl(*arguments):

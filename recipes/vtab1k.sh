@@ -8,7 +8,7 @@
 # FOLDER holds a folder or .tar a task, by VTAB-1k's names (docs/vtab1k.md says where they come from); each is checked
 # before anything trains: lists, number of classes, number of test images. Runs that are done are not done again, runs
 # that were stopped go on. Writes DIR/results*.jsonl and DIR/table.md, to be read beside the paper's table (arXiv 2403.09192).
-# Time: 3100 steps of 32 images a task, method and seed, and as many again for each rate that is swept; docs/benchmarks.md
+# Time: 3100 steps of 32 images a task, method and seed, and 2500 for each rate that is swept; docs/benchmarks.md
 # has the rates.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

@@ -33,7 +33,7 @@ def main(folder):
         return "  ".join([cells[0].ljust(len(first)), *others])
 
     context = bench["context"]
-    print(f"\nFashion-MNIST, 1000 training images, 1000 test images; 60 s of training each; batch 32, "
+    print(f"\nFashion-MNIST, 1000 training images, 1000 test images; 60 s of training each; speed at batch 32, "
           f"{context['dtype']}, " + (f"{context['threads']} threads" if context["device"] == "cpu" else context["device"]))
     print(line(HEAD))
     print("  ".join("-" * width for width in widths))

@@ -76,3 +76,29 @@ TEST_CASE("vtab1k.sh checks a task against what VTAB-1k has before anything trai
   CHECK(none.exit_code == 1);
   CHECK_THAT(none.err, Catch::Contains("no folder or .tar for svhn"));
 }
+
+TEST_CASE("adverse_compression.sh draws accuracy over speed, and does nothing twice", "[recipes]") {
+  const Workshop shop;
+  const std::string line =
+      "--large big=model.safetensors --small little=model.safetensors --data task --schedules '1;3' --seeds 0,1 "
+      "--batch 2 --repetitions 3 --device cpu --set train.epochs=1 --set train.batch=2 --set train.warmup_epochs=0 "
+      "--out done";
+  const RunResult result = recipe(shop, "adverse_compression.sh", line);
+  INFO(result.out << result.err);
+  REQUIRE(result.exit_code == 0);
+  CHECK(lines_of(shop / "done/results.jsonl").size() == 12);  // 2 seeds of: two dense, two mergers at two schedules
+  const json speeds = json::parse(read_bytes(shop / "done/speeds.json"));
+  CHECK(speeds.size() == 6);
+  for (const char* part : {"| large | 1.00 |", "| LoRA + PYRA 3 |", "| LoRA + ToMe 1 |", "| small |"})
+    CHECK_THAT(result.out, Catch::Contains(part));
+  const std::string curve = read_bytes(shop / "done/curve.svg");
+  CHECK_THAT(curve,
+             Catch::Contains("big, LoRA + PYRA") && Catch::Contains("little, LoRA") && Catch::Contains("</svg>"));
+  const RunResult again = recipe(shop, "adverse_compression.sh", line);
+  CHECK(again.exit_code == 0);
+  CHECK(again.out == result.out);
+  CHECK(lines_of(shop / "done/results.jsonl").size() == 12);
+  const RunResult two = recipe(shop, "adverse_compression.sh", "--large a=x,b=y --small c=z --data task --out other");
+  CHECK(two.exit_code == 2);
+  CHECK_THAT(two.err, Catch::Contains("expected one NAME=FILE"));
+}
