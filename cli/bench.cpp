@@ -13,7 +13,7 @@
 namespace pyra::cli {
 namespace {
 
-struct Options {
+struct BenchCommand {
   tasks::BenchSettings settings;
   std::vector<std::string> compare;  // BASE [NEW]
   std::filesystem::path against;
@@ -21,11 +21,6 @@ struct Options {
   std::string max_regress = "3%";
   bool ratio_only = false, allow_missing = false;
 };
-
-std::string fixed(double value, int digits) {
-  if (!std::isfinite(value)) return "?";
-  return cat(std::fixed, std::setprecision(digits), value);
-}
 
 // Enough digits to read, not more: 1234, 123, 12.3, 1.23.
 std::string rate(double value) {
@@ -135,7 +130,7 @@ int finish(Session& session, const tasks::Comparison& comparison) {
 }
 
 // What was asked for on the command line goes before what the base says.
-tasks::BenchSettings settings_now(const tasks::BenchReport& base, const Options& options, const CLI::App& command,
+tasks::BenchSettings settings_now(const tasks::BenchReport& base, const BenchCommand& options, const CLI::App& command,
                                   const Globals& globals) {
   tasks::BenchSettings settings = tasks::settings_of(base);
   const tasks::BenchSettings& given = options.settings;
@@ -159,7 +154,7 @@ tasks::BenchSettings settings_now(const tasks::BenchReport& base, const Options&
   return settings;
 }
 
-int compare_files_or_now(Session& session, const Options& options, const CLI::App& command,
+int compare_files_or_now(Session& session, const BenchCommand& options, const CLI::App& command,
                          const tasks::CompareOptions& rule) {
   const tasks::BenchReport base = tasks::read_report(options.compare[0]);
   if (options.compare.size() == 2)
@@ -168,7 +163,7 @@ int compare_files_or_now(Session& session, const Options& options, const CLI::Ap
   return finish(session, tasks::compare_now(base, settings, session.plugins(), rule, session.progress()));
 }
 
-int run(Session& session, const Options& options, const CLI::App& command) {
+int run(Session& session, const BenchCommand& options, const CLI::App& command) {
   const tasks::CompareOptions rule{.max_regress = tasks::parse_max_regress(options.max_regress),
                                    .ratio_only = options.ratio_only,
                                    .allow_missing = options.allow_missing};
@@ -235,7 +230,7 @@ void add_how(CLI::App& command, tasks::BenchSettings& settings) {
       ->check(CLI::Range(1, 10000));
 }
 
-void add_comparison(CLI::App& command, Options& options) {
+void add_comparison(CLI::App& command, BenchCommand& options) {
   CLI::Option* compare =
       command.add_option("--compare", options.compare, "Compare with a result of `bench --json`: NEW, or measured now")
           ->expected(1, 2)
@@ -259,7 +254,7 @@ void add_comparison(CLI::App& command, Options& options) {
 
 void add_bench(CLI::App& root, Session& session) {
   CLI::App* command = add_command(root, session, "bench", "Measure speed, dense and merged; find regressions");
-  const auto options = std::make_shared<Options>();
+  const auto options = std::make_shared<BenchCommand>();
   add_what(*command, options->settings);
   add_how(*command, options->settings);
   add_comparison(*command, *options);

@@ -109,10 +109,6 @@ void row(std::ostream& out, const std::string& name, const T& dense, const T& co
       << "\n";
 }
 
-std::string fixed(double value, int digits) {
-  return cat(std::fixed, std::setprecision(digits), value);
-}
-
 void print_found(std::ostream& out, const tasks::FoundSchedule& found, const std::vector<int64_t>& remove) {
   if (!remove.empty()) out << "removes       " << join(remove, " ") << "\n";
   if (found.predicted)
@@ -167,7 +163,7 @@ void print_human(std::ostream& out, const tasks::CompressOptions& options, const
   out << "written: " << options.out.string() << "\n";
 }
 
-struct Options {
+struct CompressCommand {
   tasks::CompressOptions compress;
   tasks::RateSearchOptions search;
   std::filesystem::path data;
@@ -176,7 +172,7 @@ struct Options {
 };
 
 /// How a target is met.
-void add_target_options(CLI::App& command, Options& options) {
+void add_target_options(CLI::App& command, CompressCommand& options) {
   tasks::CompressOptions& compress = options.compress;
   command.add_option("--data", options.data, "Images to find a target's schedule on (folder or .tar)")->type_name("D");
   command.add_option("--images", compress.images, "How many of them")->type_name("N")->capture_default_str();
@@ -188,7 +184,7 @@ void add_target_options(CLI::App& command, Options& options) {
       ->type_name("FILE");
 }
 
-void add_search_options(CLI::App& command, Options& options) {
+void add_search_options(CLI::App& command, CompressCommand& options) {
   CLI::Option* search =
       command.add_flag("--search", options.searches, "Train DiffRate's counts on --data instead (on the CPU)");
   const auto add_number = [&](const char* name, auto& value, const char* help, const char* type) {
@@ -204,7 +200,7 @@ void add_search_options(CLI::App& command, Options& options) {
   command.add_flag("--resume", options.search.resume, "Go on with a search that was stopped")->needs(search);
 }
 
-int run(const Options& o, bool wants_speedup, Session& session) {
+int run(const CompressCommand& o, bool wants_speedup, Session& session) {
   tasks::CompressOptions options = o.compress;
   options.run.device = session.globals.device;
   options.run.dtype = session.globals.dtype;
@@ -227,7 +223,7 @@ int run(const Options& o, bool wants_speedup, Session& session) {
 
 void add_compress(CLI::App& root, Session& session) {
   CLI::App* command = add_command(root, session, "compress", "Merge tokens in a model, and see what that saves");
-  const auto options = std::make_shared<Options>();
+  const auto options = std::make_shared<CompressCommand>();
   tasks::CompressOptions& compress = options->compress;
   command->add_option("MODEL", compress.run.model, "Model file (.safetensors)")->required()->type_name("");
   command->add_option("--merge", compress.merge, "Merger, as `pyractl plugins` lists them")

@@ -10,7 +10,7 @@
 namespace pyra::cli {
 namespace {
 
-struct Options {
+struct FinetuneCommand {
   std::filesystem::path recipe, model, data, out;
   std::string bad_images = "fail";
   bool resume = false, dry_run = false, new_head = false;
@@ -18,7 +18,7 @@ struct Options {
 
 /// The recipe: a file, --set, then the options that have names of their own. A run that goes on without --recipe
 /// takes the one it was started with.
-io::Recipe read_recipe(const Options& o, const Globals& globals) {
+io::Recipe read_recipe(const FinetuneCommand& o, const Globals& globals) {
   std::filesystem::path file = o.recipe;
   if (file.empty() && o.resume) {
     if (o.out.empty()) fail(ExitCode::usage, "--resume needs the run: give --out RUN");
@@ -37,15 +37,7 @@ io::Recipe read_recipe(const Options& o, const Globals& globals) {
 }
 
 std::string percent(double share) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f%%", 100 * share);
-  return text;
-}
-
-std::string fixed(double value, int digits) {
-  char text[48];
-  std::snprintf(text, sizeof text, "%.*f", digits, value);
-  return text;
+  return fixed(100 * share, 2) + "%";
 }
 
 void write_report(std::ostream& out, const tasks::FinetuneReport& r) {
@@ -83,7 +75,7 @@ void write_dry_run(std::ostream& out, const tasks::DryRunReport& r) {
       << "nothing was written\n";
 }
 
-int run(const Options& o, Session& session) {
+int run(const FinetuneCommand& o, Session& session) {
   tasks::FinetuneOptions options;
   options.recipe = read_recipe(o, session.globals);
   options.device = session.globals.device;
@@ -102,7 +94,7 @@ int run(const Options& o, Session& session) {
 }  // namespace
 
 void add_finetune(CLI::App& root, Session& session) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<FinetuneCommand>();
   CLI::App* command =
       add_command(root, session, "finetune", "Train a PEFT method, a merger and a head as a recipe says");
   command->add_option("--recipe", options->recipe, "Recipe; with --resume the run's own when left out")

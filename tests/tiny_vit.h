@@ -1,10 +1,12 @@
 // The architecture that tests of training share: milliseconds a step.
 #pragma once
 #include "nn/config.h"
+#include "nn/preprocess.h"
 
 namespace pyra::test {
 
 inline constexpr int64_t kTinyClasses = 3;
+inline const nn::Preprocess kTinyPreprocess{.size = 16};
 
 /// 16 px in patches of 4: 17 tokens, 18 of a distilled model.
 [[nodiscard]] inline nn::VitConfig tiny_config(int64_t depth = 2, bool distilled = false) {

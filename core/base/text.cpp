@@ -1,6 +1,8 @@
 #include "base/text.h"
 
 #include <algorithm>
+#include <charconv>
+#include <cmath>
 #include <limits>
 
 namespace pyra {
@@ -87,6 +89,12 @@ std::string printable(std::string_view text, size_t limit) {
   }
   if (length < text.size()) shown += "…";
   return shown;
+}
+
+std::string fixed(double value, int digits) {
+  if (!std::isfinite(value)) return "?";
+  char text[400];  // 309 digits before the point at most
+  return {text, std::to_chars(text, text + sizeof text, value, std::chars_format::fixed, digits).ptr};
 }
 
 std::string grouped(int64_t value) {

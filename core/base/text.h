@@ -36,4 +36,7 @@ template <class... Parts>
 /// 1234567 as "1 234 567"; for tables.
 [[nodiscard]] std::string grouped(int64_t value);
 
+/// With that many digits after the point: "2.50"; "?" for what is not finite.
+[[nodiscard]] std::string fixed(double value, int digits);
+
 }  // namespace pyra

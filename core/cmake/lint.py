@@ -41,16 +41,23 @@ def flags_of(command):
     return tuple(flags)
 
 
+def sources(file):
+    """What a command compiles: a file, or those that CMake put into one (PyraUnity.cmake)."""
+    if file.parent.name != "Unity":
+        return [file]
+    return [Path(name) for name in re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE)]
+
+
 def units():
     """{(folder, flags, precompiled header): files} from the compilation database."""
     groups = {}
     for entry in json.loads((BUILD / "compile_commands.json").read_text()):
-        file = Path(entry["file"])
-        ours = file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in ("core", "cli", "plugins")
-        if ours and file.suffix == ".cpp":  # what nvcc compiles is not Clang's C++
-            header = re.search(r"-include (\S+cmake_pch\.hxx)", entry["command"])
-            key = (file.parent, flags_of(entry["command"]), header and header.group(1))
-            groups.setdefault(key, []).append(file)
+        for file in sources(Path(entry["file"])):
+            ours = file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in ("core", "cli", "plugins")
+            if ours and file.suffix == ".cpp":  # what nvcc compiles is not Clang's C++
+                header = re.search(r"-include (\S+cmake_pch\.hxx)", entry["command"])
+                key = (file.parent, flags_of(entry["command"]), header and header.group(1))
+                groups.setdefault(key, []).append(file)
     return groups
 
 

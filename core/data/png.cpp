@@ -9,7 +9,7 @@
 namespace pyra::data {
 namespace {
 
-struct Free {
+struct FreeContext {
   void operator()(spng_ctx* context) const { spng_ctx_free(context); }
 };
 
@@ -47,7 +47,7 @@ void decode_grey16(spng_ctx* context, Image& image, const std::string& name) {
 }  // namespace
 
 Image decode_png(Bytes bytes, const std::string& name) {
-  const std::unique_ptr<spng_ctx, Free> context(spng_ctx_new(0));
+  const std::unique_ptr<spng_ctx, FreeContext> context(spng_ctx_new(0));
   if (!context) fail(ExitCode::device, name, ": no memory for a PNG decoder");
   check(spng_set_chunk_limits(context.get(), kMaxChunk, kMaxChunks), name);
   check(spng_set_png_buffer(context.get(), bytes.data(), bytes.size()), name);
@@ -69,7 +69,7 @@ Image decode_png(Bytes bytes, const std::string& name) {
 }
 
 std::string encode_png(const Image& image) {
-  const std::unique_ptr<spng_ctx, Free> context(spng_ctx_new(SPNG_CTX_ENCODER));
+  const std::unique_ptr<spng_ctx, FreeContext> context(spng_ctx_new(SPNG_CTX_ENCODER));
   if (!context) fail(ExitCode::device, "no memory for a PNG encoder");
   const auto check_encoder = [](int status) {
     if (status != 0) fail(ExitCode::internal, "an image that does not encode as PNG: ", spng_strerror(status));

@@ -18,10 +18,10 @@ struct Extent {
 };
 using Index = std::unordered_map<std::string, Extent>;
 
-struct Free {
+struct FreeArchive {
   void operator()(archive* reader) const { archive_read_free(reader); }
 };
-using Reader = std::unique_ptr<archive, Free>;
+using Reader = std::unique_ptr<archive, FreeArchive>;
 
 /// Members of a compressed archive have no place of their own in the file.
 void refuse_compressed(int fd, const std::string& path) {

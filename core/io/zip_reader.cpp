@@ -16,10 +16,6 @@ namespace {
 constexpr size_t kMaxNameBytes = 4096, kBlockBytes = 64 << 10;
 constexpr std::string_view kZipMagic("PK\x03\x04", 4);
 
-struct Free {
-  void operator()(archive* reader) const { archive_read_free(reader); }
-};
-
 std::string name_of(archive_entry* entry) {
   // In the C locale only one of the two spellings can be had, depending on how the archive was written.
   const char* name = archive_entry_pathname(entry);
@@ -30,6 +26,10 @@ std::string name_of(archive_entry* entry) {
 }  // namespace
 
 struct ZipReader::State {
+  struct Free {
+    void operator()(archive* reader) const { archive_read_free(reader); }
+  };
+
   std::filesystem::path path;
   ZipLimits limits;
   Descriptor file;

@@ -26,12 +26,6 @@ double positive_number(const std::string& text, const std::string& what) {
   return value;
 }
 
-std::string fixed(double value, int digits = 2) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.*f", digits, value);
-  return text;
-}
-
 class Finder {
  public:
   Finder(Model& model, const ScheduleGoal& goal, const SearchContext& context, Progress& progress)
@@ -144,7 +138,7 @@ void Finder::measure_samples(std::vector<LatencySample>& samples) {
     const Timing timing = probe(schedules[i], 3, 1.0);
     if (i == 0 && timing.speedup < *goal_.speedup) give_up(timing);
     samples.push_back({path(schedules[i]), 1 / timing.speedup});
-    progress_.update(int64_t(i) + 1, fixed(timing.speedup) + "x");
+    progress_.update(int64_t(i) + 1, fixed(timing.speedup, 2) + "x");
   }
   progress_.end();
 }
@@ -170,8 +164,9 @@ double Finder::fit_latency() {
   found_.model_error = latency_.worst_error(samples);
   const double target = 1 / (*goal_.speedup * kMargin), least = cost(everything());
   if (least > target && !goal_.latency_table.empty())
-    fail(ExitCode::untrusted, goal_.latency_table.string(), ": a speed-up of ", fixed(*goal_.speedup),
-         " is not reached by it: removing all that can be removed makes ", fixed(1 / least), "; no file was written");
+    fail(ExitCode::untrusted, goal_.latency_table.string(), ": a speed-up of ", fixed(*goal_.speedup, 2),
+         " is not reached by it: removing all that can be removed makes ", fixed(1 / least, 2),
+         "; no file was written");
   return std::max(target, least);
 }
 
@@ -230,7 +225,7 @@ bool Finder::confirm(double target) {
   Timing fastest;
   for (int64_t i = 0; i < kTries; ++i) {
     const Timing timing = probe(found_.remove, 9, 4.0);
-    progress_.note(cat("measured: ", fixed(timing.speedup), "x as fast as dense"));
+    progress_.note(cat("measured: ", fixed(timing.speedup, 2), "x as fast as dense"));
     if (timing.speedup > fastest.speedup) fastest = timing;
     const bool enough = timing.speedup >= *goal_.speedup;
     if (enough && (!found_.timing || timing.speedup < found_.timing->speedup))

@@ -7,6 +7,8 @@
 
 namespace pyra::test {
 
+inline const std::filesystem::path kDemo = std::filesystem::path(PYRA_SOURCE_DIR) / "recipes/demo/fashion_mnist_1k.tar";
+
 inline std::vector<uint8_t> get_bytes(const std::filesystem::path& path) {
   const std::string text = get(path);
   return {text.begin(), text.end()};

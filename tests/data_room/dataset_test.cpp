@@ -10,11 +10,10 @@ namespace {
 
 using test::check_error;
 using test::get;
+using test::kDemo;
 using test::put;
 using test::TempDir;
 using Files = std::vector<std::pair<std::string, std::string>>;
-
-const std::filesystem::path kDemo = std::filesystem::path(PYRA_SOURCE_DIR) / "recipes/demo/fashion_mnist_1k.tar";
 
 void write_folder(const std::filesystem::path& root, const Files& files) {
   for (const auto& [name, bytes] : files) {

@@ -13,10 +13,10 @@ namespace {
 
 using test::check_error;
 using test::get;
+using test::kDemo;
 using test::put;
 using test::TempDir;
 
-const std::filesystem::path kDemo = std::filesystem::path(PYRA_SOURCE_DIR) / "recipes/demo/fashion_mnist_1k.tar";
 const std::filesystem::path kImages = std::filesystem::path(PYRA_TEST_DATA) / "goldens/images";
 
 /// LibTorch's number of threads, put back at the end of the scope.

@@ -17,7 +17,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-const fs::path kFixtures = fs::path(PYRA_TEST_DATA) / "hf";
+const fs::path kHfFolders = fs::path(PYRA_TEST_DATA) / "hf";
 
 at::Tensor logits_of(const ModelFile& file, const at::Tensor& images) {
   const at::NoGradGuard no_gradients;
@@ -26,7 +26,7 @@ at::Tensor logits_of(const ModelFile& file, const at::Tensor& images) {
 
 /// A copy of the ViT fixture to change.
 fs::path copy_of_vit(const test::TempDir& dir, const std::string& name = "vit") {
-  fs::copy(kFixtures / "vit", dir / name);
+  fs::copy(kHfFolders / "vit", dir / name);
   return dir / name;
 }
 
@@ -45,9 +45,9 @@ void set_key(const fs::path& folder, const std::string& key, const nlohmann::jso
 }  // namespace
 
 TEST_CASE("folders of transformers give its logits", "[hf]") {
-  const SafetensorsFile expected(kFixtures / "expected.safetensors");
+  const SafetensorsFile expected(kHfFolders / "expected.safetensors");
   const at::Tensor images = expected.tensor("images");
-  const ModelFile vit = read_model(kFixtures / "vit"), deit = read_model(kFixtures / "deit");
+  const ModelFile vit = read_model(kHfFolders / "vit"), deit = read_model(kHfFolders / "deit");
   CHECK(test::max_difference(logits_of(vit, images), expected.tensor("vit")) < 1e-5);
   CHECK(test::max_difference(logits_of(deit, images), expected.tensor("deit")) < 1e-5);
   CHECK(vit.class_names == std::vector<std::string>{"cat", "dog", "an ü"});
@@ -56,13 +56,13 @@ TEST_CASE("folders of transformers give its logits", "[hf]") {
   CHECK(vit.preprocess.mean == std::array<float, 3>{0.5f, 0.5f, 0.5f});
   CHECK(deit.config.distilled);
   CHECK(deit.class_names.empty());
-  test::check_equal(vit.weights, read_model(kFixtures / "vit_sharded").weights);
-  CHECK(read_model(kFixtures / "vit", {.image_size = 32}).config.tokens() == 65);
+  test::check_equal(vit.weights, read_model(kHfFolders / "vit_sharded").weights);
+  CHECK(read_model(kHfFolders / "vit", {.image_size = 32}).config.tokens() == 65);
 }
 
 TEST_CASE("the spelling of transformers 5 and files without a classifier are read too", "[hf]") {
   const test::TempDir dir;
-  const ModelFile vit = read_model(kFixtures / "vit");
+  const ModelFile vit = read_model(kHfFolders / "vit");
   const fs::path modules = copy_of_vit(dir, "modules"), bare = copy_of_vit(dir, "bare");
   rewrite(modules, [&](sdk::TensorMap& tensors) {
     for (const nn::TensorShape& shape : nn::tensor_shapes(vit.config)) {
@@ -104,7 +104,7 @@ TEST_CASE("query, key and value without biases get zeros", "[hf]") {
 TEST_CASE("what is written as a folder is read back the same", "[hf]") {
   const test::TempDir dir;
   for (const char* name : {"vit", "deit"}) {
-    ModelFile model = read_model(kFixtures / name);
+    ModelFile model = read_model(kHfFolders / name);
     model.preprocess.mode = nn::ResizeMode::crop;
     model.preprocess.shorter = 20;
     model.preprocess.mean = {0.1f, 0.2f, 0.3f};
@@ -116,7 +116,7 @@ TEST_CASE("what is written as a folder is read back the same", "[hf]") {
     CHECK(again.class_names == model.class_names);
     check_error(ExitCode::output, {name, "already"}, [&] { write_model(dir / name, model, ModelFormat::hf); });
   }
-  ModelFile model = read_model(kFixtures / "vit");
+  ModelFile model = read_model(kHfFolders / "vit");
   model.merge.emplace();
   model.merge->name = "tome";
   check_error(ExitCode::usage, {"tome", "--drop-merge"}, [&] { write_model(dir / "m", model, ModelFormat::hf); });
@@ -174,5 +174,5 @@ TEST_CASE("a folder that is another model's or damaged is refused by file and ke
   fs::create_symlink("model.safetensors.index.json", folder / "model.safetensors.index.json");
   check_error(ExitCode::input, {"index.json"}, [&] { (void)read_model(folder); });
   check_error(ExitCode::input, {"Hugging Face", "give the folder"},
-              [&] { (void)read_model(kFixtures / "vit" / kHfWeights); });
+              [&] { (void)read_model(kHfFolders / "vit" / kHfWeights); });
 }

@@ -59,6 +59,14 @@ inline void check_error(ExitCode code, const std::vector<std::string>& words, co
   }
 }
 
+/// What the error says that `call` throws, which has to be of this code.
+inline std::string message_of(const std::function<void()>& call, ExitCode code) {
+  const auto error = error_of(call);
+  REQUIRE(error);
+  CHECK(error->code() == code);
+  return error->what();
+}
+
 inline std::filesystem::path golden(const std::string& name) {
   return std::filesystem::path(PYRA_TEST_DATA) / "goldens" / name;
 }

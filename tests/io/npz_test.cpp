@@ -18,7 +18,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-const fs::path kFixtures = fs::path(PYRA_TEST_DATA) / "npz";
+const fs::path kNpzFiles = fs::path(PYRA_TEST_DATA) / "npz";
 
 std::string npy(const std::string& header, const std::string& data, int version = 1) {
   return std::string("\x93NUMPY", 6) + char(version) + '\0' + little(header.size(), version == 1 ? 2 : 4) + header +
@@ -28,7 +28,7 @@ std::string npy(const std::string& header, const std::string& data, int version 
 const std::string kGood = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }";
 
 /// A file of one array that must be refused with these words.
-void refused(const std::vector<test::ZipEntry>& entries, std::vector<std::string> words) {
+void refused_npz(const std::vector<test::ZipEntry>& entries, std::vector<std::string> words) {
   const test::TempDir dir;
   test::put(dir / "m.npz", test::zip_bytes(entries));
   words.push_back("m.npz");
@@ -37,7 +37,7 @@ void refused(const std::vector<test::ZipEntry>& entries, std::vector<std::string
 }
 
 void refused_header(const std::string& header, const std::vector<std::string>& words) {
-  refused({{.name = "w.npy", .bytes = npy(header, std::string(24, '\0'))}}, words);
+  refused_npz({{.name = "w.npy", .bytes = npy(header, std::string(24, '\0'))}}, words);
 }
 
 std::string header_of(const std::string& descr, const std::string& shape) {
@@ -48,15 +48,15 @@ std::string header_of(const std::string& descr, const std::string& shape) {
 
 TEST_CASE("Google's files give the logits that timm gives for them", "[npz]") {
   const at::NoGradGuard no_gradients;
-  const SafetensorsFile expected(kFixtures / "expected.safetensors");
+  const SafetensorsFile expected(kNpzFiles / "expected.safetensors");
   for (const auto& [file, logits] :
        std::vector<std::pair<std::string, std::string>>{{"augreg.npz", "augreg"},
                                                         {"opt_target.npz", "target"},
                                                         {"big_vision.npz", "big_vision"},
                                                         {"big_vision_stacked.npz", "stacked"}}) {
     CAPTURE(file);
-    CHECK(is_npz(kFixtures / file));
-    const ModelFile model = read_model(kFixtures / file);
+    CHECK(is_npz(kNpzFiles / file));
+    const ModelFile model = read_model(kNpzFiles / file);
     CHECK(model.config.num_heads == 2);
     CHECK(model.config.depth == 2);
     CHECK(model.config.num_classes == 5);
@@ -65,11 +65,11 @@ TEST_CASE("Google's files give the logits that timm gives for them", "[npz]") {
     const at::Tensor got = nn::Vit(model.config, model.weights).forward(expected.tensor("images"));
     CHECK(test::max_difference(got, expected.tensor(logits)) < 1e-5);
   }
-  CHECK(read_model(kFixtures / "augreg.npz", {.image_size = 64}).config.tokens() == 65);
-  CHECK_FALSE(is_npz(kFixtures / "expected.safetensors"));
-  CHECK_FALSE(is_npz(kFixtures / "../pth/vit_zip.pth"));
-  CHECK_FALSE(is_npz(kFixtures));
-  CHECK_FALSE(is_npz(kFixtures / "none"));
+  CHECK(read_model(kNpzFiles / "augreg.npz", {.image_size = 64}).config.tokens() == 65);
+  CHECK_FALSE(is_npz(kNpzFiles / "expected.safetensors"));
+  CHECK_FALSE(is_npz(kNpzFiles / "../pth/vit_zip.pth"));
+  CHECK_FALSE(is_npz(kNpzFiles));
+  CHECK_FALSE(is_npz(kNpzFiles / "none"));
 }
 
 TEST_CASE("an .npy header is a dict of three keys", "[npz]") {
@@ -118,24 +118,24 @@ TEST_CASE("entries are .npy files of a version that is known, and no bombs", "[n
   test::put(dir / "two.npz", test::zip_bytes({{.name = "w.npy", .bytes = npy(kGood, std::string(24, '\0'), 2)}}));
   CHECK(NpzFile(dir / "two.npz").read([](const std::string&) { return true; }).at("w").numel() == 6);
 
-  refused({{.name = "w.npy", .bytes = npy(kGood, std::string(24, '\0'), 3)}}, {"version 3.0"});
-  refused({{.name = "w.npy", .bytes = "no array"}}, {"does not open with"});
-  refused({{.name = "w.npy", .bytes = good.substr(0, 40)}}, {"too few"});
-  refused({{.name = "w.npy", .bytes = "x"}}, {"too few"});
-  refused({{.name = "w.npy", .bytes = good}, {.name = "readme", .bytes = "x"}}, {"readme", "no .npy file"});
-  refused({{.name = "w.npy", .bytes = good}, {.name = "w.npy", .bytes = good}}, {"twice"});
-  refused({{.name = "w.npy", .bytes = good, .stated_size = 0xfffffff0}}, {"zip bomb"});
-  refused({{.name = "w.npy", .bytes = good, .flags = 1}}, {"w.npy"});
-  refused({}, {});
+  refused_npz({{.name = "w.npy", .bytes = npy(kGood, std::string(24, '\0'), 3)}}, {"version 3.0"});
+  refused_npz({{.name = "w.npy", .bytes = "no array"}}, {"does not open with"});
+  refused_npz({{.name = "w.npy", .bytes = good.substr(0, 40)}}, {"too few"});
+  refused_npz({{.name = "w.npy", .bytes = "x"}}, {"too few"});
+  refused_npz({{.name = "w.npy", .bytes = good}, {.name = "readme", .bytes = "x"}}, {"readme", "no .npy file"});
+  refused_npz({{.name = "w.npy", .bytes = good}, {.name = "w.npy", .bytes = good}}, {"twice"});
+  refused_npz({{.name = "w.npy", .bytes = good, .stated_size = 0xfffffff0}}, {"zip bomb"});
+  refused_npz({{.name = "w.npy", .bytes = good, .flags = 1}}, {"w.npy"});
+  refused_npz({}, {});
   std::vector<test::ZipEntry> many;
   for (size_t i = 0; i <= kMaxNpzEntries; ++i) many.push_back({.name = cat(i, ".npy"), .bytes = good});
-  refused(many, {"more than 10000 entries"});
-  check_error(ExitCode::input, {"bomb.npz", "zip bomb"}, [] { (void)read_model(kFixtures / "bomb.npz"); });
+  refused_npz(many, {"more than 10000 entries"});
+  check_error(ExitCode::input, {"bomb.npz", "zip bomb"}, [] { (void)read_model(kNpzFiles / "bomb.npz"); });
 
   test::put(dir / "crc.npz", test::zip_bytes({{.name = "w.npy", .bytes = good, .bad_checksum = true}}));
   check_error(ExitCode::input, {"w.npy", "CRC"},
               [&] { (void)NpzFile(dir / "crc.npz").read([](const std::string&) { return true; }); });
-  const std::string whole = test::get(kFixtures / "augreg.npz");
+  const std::string whole = test::get(kNpzFiles / "augreg.npz");
   for (size_t length = 100; length + 22 < whole.size(); length += 997) {
     CAPTURE(length);
     test::put(dir / "cut.npz", whole.substr(0, length));
@@ -149,7 +149,7 @@ TEST_CASE("arrays that make no ViT are refused by name", "[npz]") {
   const test::TempDir dir;
   const auto write = [&](const std::string& changed, const std::string& header, const std::string& data) {
     std::vector<test::ZipEntry> entries;
-    const NpzFile good(kFixtures / "augreg.npz");
+    const NpzFile good(kNpzFiles / "augreg.npz");
     for (const auto& [name, tensor] : good.read([](const std::string&) { return true; })) {
       if (name == changed) continue;
       const std::string shape = cat("(", join(good.arrays().at(name).shape), ",)");

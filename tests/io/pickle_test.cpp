@@ -22,7 +22,7 @@ const Pickle::Value& root_of(const Pickle& pickle) {
   return pickle.at(pickle.root);
 }
 
-void refused(const std::string& bytes, const std::vector<std::string>& words) {
+void refused_pickle(const std::string& bytes, const std::vector<std::string>& words) {
   std::vector<std::string> all = words;
   all.push_back("m.pth");
   check_error(ExitCode::input, all, [&] { (void)parse(bytes); });
@@ -78,41 +78,41 @@ TEST_CASE("dicts, what is called, and what is left after it", "[pickle]") {
 }
 
 TEST_CASE("a pickle that would run something is refused by the name of it", "[pickle]") {
-  refused(proto(global("os", "system") + "(" + text("touch pwned") + "tR"), {"'os.system'", "nothing was run"});
-  refused(proto(global("builtins", "eval") + "(" + text("1") + "tR"), {"'builtins.eval'"});
-  refused(proto(global("collections\nos", "x")), {"'collections.os'"});
-  refused(proto(text("posix") + text("system") + "\x93"), {"'posix.system'"});
-  refused(proto("(S'id'\nios\nsystem\n"), {"0x53 ('S')"});
-  refused(proto("(" + text("id") + "ios\nsystem\n"), {"0x69 ('i')"});
-  refused(proto("(cos\nsystem\no"), {"'os.system'"});
-  refused(proto("\x82\x01"), {"0x82"});
-  refused(proto(text("os") + "K\x01\x93"), {"STACK_GLOBAL without two texts"});
-  refused(proto("NNR"), {"REDUCE of what is no name"});
-  refused(proto(global("collections", "OrderedDict") + "NR"), {"without a tuple"});
-  refused(proto("NNb"), {"BUILD of what takes no state"});
+  refused_pickle(proto(global("os", "system") + "(" + text("touch pwned") + "tR"), {"'os.system'", "nothing was run"});
+  refused_pickle(proto(global("builtins", "eval") + "(" + text("1") + "tR"), {"'builtins.eval'"});
+  refused_pickle(proto(global("collections\nos", "x")), {"'collections.os'"});
+  refused_pickle(proto(text("posix") + text("system") + "\x93"), {"'posix.system'"});
+  refused_pickle(proto("(S'id'\nios\nsystem\n"), {"0x53 ('S')"});
+  refused_pickle(proto("(" + text("id") + "ios\nsystem\n"), {"0x69 ('i')"});
+  refused_pickle(proto("(cos\nsystem\no"), {"'os.system'"});
+  refused_pickle(proto("\x82\x01"), {"0x82"});
+  refused_pickle(proto(text("os") + "K\x01\x93"), {"STACK_GLOBAL without two texts"});
+  refused_pickle(proto("NNR"), {"REDUCE of what is no name"});
+  refused_pickle(proto(global("collections", "OrderedDict") + "NR"), {"without a tuple"});
+  refused_pickle(proto("NNb"), {"BUILD of what takes no state"});
 }
 
 TEST_CASE("a broken pickle is an error with its place", "[pickle]") {
-  refused("", {"cut"});
-  refused("\x80", {"cut"});
-  refused("\x80\x02", {"cut"});
-  refused("N.", {"does not open with PROTO"});
-  refused("\x80\x06N.", {"protocol 6"});
-  refused("\x80\x01N.", {"protocol 1"});
-  refused(proto(""), {"its stack is empty"});
-  refused(proto("NN"), {"values are left"});
-  refused(proto("N("), {"its stack is empty"});
-  refused(proto("t"), {"no mark"});
-  refused(proto("N(\x85"), {"its stack is empty"});
-  refused(proto("]Ns"), {"its stack is empty"});
-  refused(proto("NNNs"), {"SETITEM in what is no dict"});
-  refused(proto("}Na"), {"APPEND to what is no list"});
-  refused(proto("}(Nu"), {"a key without a value"});
-  refused(proto("h\x01"), {"memo 1 was never put"});
-  refused(proto("q\x01"), {"its stack is empty"});
-  refused(proto("X" + little(0xffffffff, 4) + "x"), {"at byte 2", "it is cut: 4294967295 more bytes"});
-  refused(proto("\x8d" + little(~uint64_t{0}, 8)), {"it is cut"});
-  refused(
+  refused_pickle("", {"cut"});
+  refused_pickle("\x80", {"cut"});
+  refused_pickle("\x80\x02", {"cut"});
+  refused_pickle("N.", {"does not open with PROTO"});
+  refused_pickle("\x80\x06N.", {"protocol 6"});
+  refused_pickle("\x80\x01N.", {"protocol 1"});
+  refused_pickle(proto(""), {"its stack is empty"});
+  refused_pickle(proto("NN"), {"values are left"});
+  refused_pickle(proto("N("), {"its stack is empty"});
+  refused_pickle(proto("t"), {"no mark"});
+  refused_pickle(proto("N(\x85"), {"its stack is empty"});
+  refused_pickle(proto("]Ns"), {"its stack is empty"});
+  refused_pickle(proto("NNNs"), {"SETITEM in what is no dict"});
+  refused_pickle(proto("}Na"), {"APPEND to what is no list"});
+  refused_pickle(proto("}(Nu"), {"a key without a value"});
+  refused_pickle(proto("h\x01"), {"memo 1 was never put"});
+  refused_pickle(proto("q\x01"), {"its stack is empty"});
+  refused_pickle(proto("X" + little(0xffffffff, 4) + "x"), {"at byte 2", "it is cut: 4294967295 more bytes"});
+  refused_pickle(proto("\x8d" + little(~uint64_t{0}, 8)), {"it is cut"});
+  refused_pickle(
       "\x80\x02"
       "cos",
       {"a name does not end"});
@@ -137,9 +137,9 @@ TEST_CASE("bombs cost neither memory nor stack", "[pickle]") {
   // 50 000 tuples inside each other: nothing walks them, and nothing dies of taking them down.
   CHECK(parse(proto("N" + repeated("\x85", 50'000))).values.size() > 50'000);
 
-  refused(proto(repeated("(", kMaxPickleMarks + 1)), {"nested deeper"});
-  refused(proto(repeated("]", kMaxPickleStack + 1)), {"on its stack"});
-  refused(proto("N" + repeated("\x85", kMaxPickleValues)), {"more than", "values"});
-  refused(proto("Nr" + little(kMaxPickleMemo, 4)), {"memo 2000000, the limit"});
-  refused(proto("Nr" + little(0xffffffff, 4)), {"memo 4294967295, the limit"});
+  refused_pickle(proto(repeated("(", kMaxPickleMarks + 1)), {"nested deeper"});
+  refused_pickle(proto(repeated("]", kMaxPickleStack + 1)), {"on its stack"});
+  refused_pickle(proto("N" + repeated("\x85", kMaxPickleValues)), {"more than", "values"});
+  refused_pickle(proto("Nr" + little(kMaxPickleMemo, 4)), {"memo 2000000, the limit"});
+  refused_pickle(proto("Nr" + little(0xffffffff, 4)), {"memo 4294967295, the limit"});
 }

@@ -192,7 +192,8 @@ std = [0.25, 0.5, 1]
                             .hflip = true,
                             .random_resized_crop = true,
                             .checkpoint_every = 10,
-                            .eval_every = 2};
+                            .eval_every = 2,
+                            .teacher = {}};
   CHECK(recipe.train == train);
   using Values = std::map<std::string, sdk::ParameterValue>;
   CHECK((recipe.peft.parameters ==

@@ -16,7 +16,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-const fs::path kFixtures = fs::path(PYRA_TEST_DATA) / "timm";
+const fs::path kTimmFiles = fs::path(PYRA_TEST_DATA) / "timm";
 
 struct Family {
   const char* name;
@@ -30,11 +30,11 @@ const Family kFamilies[] = {{"dinov2", 0, true, false},
                             {"deit3", 0, true, true}};
 
 ModelFile read(const Family& family) {
-  return read_model(kFixtures / cat(family.name, ".safetensors"));
+  return read_model(kTimmFiles / cat(family.name, ".safetensors"));
 }
 
 double difference(const Family& family, const ModelFile& model) {
-  const SafetensorsFile expected(kFixtures / cat(family.name, "_expected.safetensors"));
+  const SafetensorsFile expected(kTimmFiles / cat(family.name, "_expected.safetensors"));
   const at::NoGradGuard no_gradients;
   const at::Tensor logits = nn::Vit(model.config, model.weights).forward(expected.tensor("images"));
   return test::max_difference(logits, expected.tensor("logits"));
@@ -56,14 +56,14 @@ TEST_CASE("families with LayerScale, registers and positions of patches alone gi
 }
 
 TEST_CASE("a folder of timm's on the hub says what its tensors do not", "[timm]") {
-  const fs::path hub = kFixtures / "hub";
+  const fs::path hub = kTimmFiles / "hub";
   REQUIRE(is_timm_folder(hub));
   const ModelFile model = read_model(hub);
   CHECK(model.config.num_heads == 2);  // 64 channels a head would be none
   CHECK(model.preprocess.mean == kImageNetMean);
   CHECK(model.preprocess.std == kImageNetStd);
   CHECK(model.class_names == std::vector<std::string>{"a", "b", "c"});
-  const SafetensorsFile expected(kFixtures / "hub_expected.safetensors");
+  const SafetensorsFile expected(kTimmFiles / "hub_expected.safetensors");
   const at::NoGradGuard no_gradients;
   const at::Tensor logits = nn::Vit(model.config, model.weights).forward(expected.tensor("images"));
   CHECK(test::max_difference(logits, expected.tensor("logits")) < 1e-5);
@@ -108,7 +108,7 @@ TEST_CASE("such families are the same models after our own file and after timm's
     CHECK(difference(family, ours) < 1e-5);
     write_model(dir / "timm", model, ModelFormat::timm);
     // timm loads strictly: the same names and shapes as it wrote itself, DeiT-III's two scales by timm's names.
-    const SafetensorsFile before(kFixtures / cat(family.name, ".safetensors")), after(dir / "timm");
+    const SafetensorsFile before(kTimmFiles / cat(family.name, ".safetensors")), after(dir / "timm");
     CHECK(after.entries().size() == before.entries().size());
     for (const auto& [name, entry] : after.entries()) {
       std::string there = name;
@@ -127,7 +127,7 @@ TEST_CASE("such families are the same models after our own file and after timm's
 TEST_CASE("another resolution resizes the grid and leaves registers alone", "[timm]") {
   for (const Family& family : kFamilies) {
     CAPTURE(family.name);
-    const ModelFile model = read_model(kFixtures / cat(family.name, ".safetensors"), {.image_size = 48});
+    const ModelFile model = read_model(kTimmFiles / cat(family.name, ".safetensors"), {.image_size = 48});
     CHECK(model.config.tokens() == 37 + family.registers);
     CHECK_NOTHROW(nn::Vit(model.config, model.weights));
   }

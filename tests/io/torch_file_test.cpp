@@ -22,22 +22,22 @@ namespace fs = std::filesystem;
 
 namespace {
 
-const fs::path kFixtures = fs::path(PYRA_TEST_DATA) / "pth";
+const fs::path kPthFiles = fs::path(PYRA_TEST_DATA) / "pth";
 
-at::Tensor logits_of(const std::string& name, const at::Tensor& images) {
+at::Tensor logits_of_file(const std::string& name, const at::Tensor& images) {
   const at::NoGradGuard no_gradients;
-  const TorchCheckpoint read = read_torch_file(kFixtures / name);
+  const TorchCheckpoint read = read_torch_file(kPthFiles / name);
   const ModelFile model = timm_model(named_tensors(name, read.tensors, {}), {.image_size = {}, .num_heads = 2});
   return nn::Vit(model.config, model.weights).forward(images);
 }
 
 ModelFile model_of(const std::string& name) {
-  return timm_model(named_tensors(name, read_torch_file(kFixtures / name).tensors, {}),
+  return timm_model(named_tensors(name, read_torch_file(kPthFiles / name).tensors, {}),
                     {.image_size = {}, .num_heads = 2});
 }
 
 /// A file that must be refused with these words, and its name.
-void refused(const std::string& bytes, std::vector<std::string> words) {
+void refused_torch(const std::string& bytes, std::vector<std::string> words) {
   const test::TempDir dir;
   test::put(dir / "m.pth", bytes);
   words.push_back("m.pth");
@@ -46,7 +46,7 @@ void refused(const std::string& bytes, std::vector<std::string> words) {
 
 void refused_tensor(const Tensor& described, const std::vector<std::string>& words) {
   INFO(join(words));
-  refused(archive(proto(dict("w", tensor(described)))), words);
+  refused_torch(archive(proto(dict("w", tensor(described)))), words);
 }
 
 std::string legacy(const std::string& pickle, const std::string& keys, const std::string& data) {
@@ -57,7 +57,7 @@ std::string legacy(const std::string& pickle, const std::string& keys, const std
 }  // namespace
 
 TEST_CASE("files of torch.save give timm's logits", "[torch]") {
-  const SafetensorsFile expected(kFixtures / "expected.safetensors");
+  const SafetensorsFile expected(kPthFiles / "expected.safetensors");
   const at::Tensor images = expected.tensor("images");
   for (const auto& [file, logits] : std::vector<std::pair<std::string, std::string>>{{"vit_zip.pth", "vit"},
                                                                                      {"vit_legacy.pth", "vit"},
@@ -68,20 +68,20 @@ TEST_CASE("files of torch.save give timm's logits", "[torch]") {
                                                                                      {"deit_distilled.pth", "deit"},
                                                                                      {"mae_finetuned.pth", "mae"}}) {
     CAPTURE(file);
-    CHECK(is_torch_file(kFixtures / file));
-    CHECK(test::max_difference(logits_of(file, images), expected.tensor(logits)) < 1e-5);
+    CHECK(is_torch_file(kPthFiles / file));
+    CHECK(test::max_difference(logits_of_file(file, images), expected.tensor(logits)) < 1e-5);
   }
-  CHECK_FALSE(is_torch_file(kFixtures / "expected.safetensors"));
-  CHECK_FALSE(is_torch_file(kFixtures / "make.py"));
-  CHECK_FALSE(is_torch_file(kFixtures));
-  CHECK_FALSE(is_torch_file(kFixtures / "../npz/augreg.npz"));
+  CHECK_FALSE(is_torch_file(kPthFiles / "expected.safetensors"));
+  CHECK_FALSE(is_torch_file(kPthFiles / "make.py"));
+  CHECK_FALSE(is_torch_file(kPthFiles));
+  CHECK_FALSE(is_torch_file(kPthFiles / "../npz/augreg.npz"));
 }
 
 TEST_CASE("what a checkpoint says beside its tensors", "[torch]") {
-  const TorchCheckpoint plain = read_torch_file(kFixtures / "vit_zip.pth"),
-                        legacy = read_torch_file(kFixtures / "vit_legacy.pth"),
-                        wrapped = read_torch_file(kFixtures / "vit_wrapped.pth"),
-                        averaged = read_torch_file(kFixtures / "vit_ema.pth");
+  const TorchCheckpoint plain = read_torch_file(kPthFiles / "vit_zip.pth"),
+                        legacy = read_torch_file(kPthFiles / "vit_legacy.pth"),
+                        wrapped = read_torch_file(kPthFiles / "vit_wrapped.pth"),
+                        averaged = read_torch_file(kPthFiles / "vit_ema.pth");
   CHECK(plain.container == "zip");
   CHECK(legacy.container == "legacy");
   CHECK(plain.key.empty());
@@ -139,24 +139,25 @@ TEST_CASE("storages are what they were declared to be", "[torch]") {
   refused_tensor({.storage = "OddStorage"}, {"'torch.OddStorage'"});
   refused_tensor({.storage = "Size"}, {"of type 'torch.Size'"});
   const std::string two = "}(" + text("a") + tensor({}) + text("b") + tensor({.storage = "IntStorage"}) + "u";
-  refused(archive(proto(two)), {"storage '0' is described in two ways"});
+  refused_torch(archive(proto(two)), {"storage '0' is described in two ways"});
 
   // One honest storage under many names: together they are a bomb.
   std::string shared = "}(" + text("w") + tensor({.elements = 4000, .size = {4000}}) + "q\x01";
   for (int i = 0; i < 200; ++i) shared += text(cat(i)) + "h\x01";
-  refused(archive(proto(shared + "u"), std::string(16000, 'x')), {"share their storages over and over"});
+  refused_torch(archive(proto(shared + "u"), std::string(16000, 'x')), {"share their storages over and over"});
 }
 
 TEST_CASE("what was saved has to be a dict of tensors", "[torch]") {
-  refused(archive(proto("N")), {"no dict of tensors"});
-  refused(archive(proto("]")), {"no dict of tensors"});
-  refused(archive(proto("}")), {"no tensors in it"});
-  refused(archive(proto(dict("model", "}"))), {"no tensors in 'model'"});
-  refused(archive(proto("}K\x01Ns")), {"a key that is no text"});
-  refused(archive(proto(dict("w", "K\x01Q"))), {"no storage of torch.save's"});
-  refused(archive(proto(dict("w", global("torch._utils", "_rebuild_tensor_v2") + ")R"))), {"0 arguments"});
-  refused(archive(proto(dict("w", global("torch._utils", "_rebuild_tensor_v3") + ")R"))), {"_rebuild_tensor_v3'"});
-  refused(archive(proto(global("os", "system") + "(" + text("true") + "tR")), {"m/data.pkl", "'os.system'"});
+  refused_torch(archive(proto("N")), {"no dict of tensors"});
+  refused_torch(archive(proto("]")), {"no dict of tensors"});
+  refused_torch(archive(proto("}")), {"no tensors in it"});
+  refused_torch(archive(proto(dict("model", "}"))), {"no tensors in 'model'"});
+  refused_torch(archive(proto("}K\x01Ns")), {"a key that is no text"});
+  refused_torch(archive(proto(dict("w", "K\x01Q"))), {"no storage of torch.save's"});
+  refused_torch(archive(proto(dict("w", global("torch._utils", "_rebuild_tensor_v2") + ")R"))), {"0 arguments"});
+  refused_torch(archive(proto(dict("w", global("torch._utils", "_rebuild_tensor_v3") + ")R"))),
+                {"_rebuild_tensor_v3'"});
+  refused_torch(archive(proto(global("os", "system") + "(" + text("true") + "tR")), {"m/data.pkl", "'os.system'"});
   const test::TempDir dir;
   const std::string both = "}(" + text("epoch") + "K\x03" + text("w") + tensor({}) + "u";
   test::put(dir / "m.pth", archive(proto(both)));
@@ -166,23 +167,23 @@ TEST_CASE("what was saved has to be a dict of tensors", "[torch]") {
 TEST_CASE("broken and hostile archives are refused", "[torch]") {
   const std::string pickle = proto(dict("w", tensor({})));
   const std::string sixteen(16, '\0');
-  refused(test::zip_bytes({{.name = "m/version", .bytes = "3"}}), {"without a data.pkl"});
-  refused(test::zip_bytes({{.name = "m/data.pkl", .bytes = pickle}, {.name = "n/data.pkl", .bytes = pickle}}),
-          {"two pickles"});
-  refused(test::zip_bytes({{.name = "m/data.pkl", .bytes = pickle}, {.name = "m/data.pkl", .bytes = pickle}}),
-          {"twice"});
-  refused(test::zip_bytes({{.name = "m/data.pkl", .bytes = pickle}, {.name = "m/byteorder", .bytes = "big"}}),
-          {"not little-endian"});
-  refused(test::zip_bytes({{.name = "m/data.pkl", .bytes = pickle},
-                           {.name = "m/data/0", .bytes = sixteen, .stated_size = 0x7fffffff}}),
-          {"m/data/0", "zip bomb"});
-  refused(test::zip_bytes(
-              {{.name = "m/data.pkl", .bytes = pickle}, {.name = "m/data/0", .bytes = sixteen, .bad_checksum = true}}),
-          {"m/data/0", "CRC"});
-  refused(test::zip_bytes(
-              {{.name = "m/data.pkl", .bytes = pickle}, {.name = "m/data/0", .bytes = sixteen, .directory_size = 20}}),
-          {"Inconsistent"});
-  refused(test::zip_bytes({{.name = "m/data.pkl", .bytes = pickle, .flags = 1}}), {"m/data.pkl"});
+  refused_torch(test::zip_bytes({{.name = "m/version", .bytes = "3"}}), {"without a data.pkl"});
+  refused_torch(test::zip_bytes({{.name = "m/data.pkl", .bytes = pickle}, {.name = "n/data.pkl", .bytes = pickle}}),
+                {"two pickles"});
+  refused_torch(test::zip_bytes({{.name = "m/data.pkl", .bytes = pickle}, {.name = "m/data.pkl", .bytes = pickle}}),
+                {"twice"});
+  refused_torch(test::zip_bytes({{.name = "m/data.pkl", .bytes = pickle}, {.name = "m/byteorder", .bytes = "big"}}),
+                {"not little-endian"});
+  refused_torch(test::zip_bytes({{.name = "m/data.pkl", .bytes = pickle},
+                                 {.name = "m/data/0", .bytes = sixteen, .stated_size = 0x7fffffff}}),
+                {"m/data/0", "zip bomb"});
+  refused_torch(test::zip_bytes({{.name = "m/data.pkl", .bytes = pickle},
+                                 {.name = "m/data/0", .bytes = sixteen, .bad_checksum = true}}),
+                {"m/data/0", "CRC"});
+  refused_torch(test::zip_bytes({{.name = "m/data.pkl", .bytes = pickle},
+                                 {.name = "m/data/0", .bytes = sixteen, .directory_size = 20}}),
+                {"Inconsistent"});
+  refused_torch(test::zip_bytes({{.name = "m/data.pkl", .bytes = pickle, .flags = 1}}), {"m/data.pkl"});
   const std::string whole = archive(pickle);
   for (size_t length = 4; length < whole.size(); ++length) {
     CAPTURE(length);
@@ -203,18 +204,18 @@ TEST_CASE("the format before torch 1.6 is checked as well", "[torch]") {
   CHECK(read_torch_file(dir / "good.pth").tensors.at("w").numel() == 4);
   CHECK(is_torch_file(dir / "good.pth"));
 
-  refused(legacy(pickle, keys, test::little(5, 8) + std::string(16, '\0')), {"has 5 elements, declared are 4"});
-  refused(legacy(pickle, keys, test::little(4, 8) + std::string(15, '\0')), {"beyond the end of the file"});
-  refused(legacy(pickle, keys, ""), {"beyond the end of the file"});
-  refused(legacy(pickle, proto("]"), data), {"lists 0 storages"});
-  refused(legacy(pickle, proto("](" + text("1") + "e"), data), {"names '1'"});
-  refused(legacy(pickle, proto("](" + text("0") + text("0") + "e"), data), {"names '0'"});
-  refused(legacy(proto(global("os", "system") + ")R"), keys, data), {"'os.system'"});
+  refused_torch(legacy(pickle, keys, test::little(5, 8) + std::string(16, '\0')), {"has 5 elements, declared are 4"});
+  refused_torch(legacy(pickle, keys, test::little(4, 8) + std::string(15, '\0')), {"beyond the end of the file"});
+  refused_torch(legacy(pickle, keys, ""), {"beyond the end of the file"});
+  refused_torch(legacy(pickle, proto("]"), data), {"lists 0 storages"});
+  refused_torch(legacy(pickle, proto("](" + text("1") + "e"), data), {"names '1'"});
+  refused_torch(legacy(pickle, proto("](" + text("0") + text("0") + "e"), data), {"names '0'"});
+  refused_torch(legacy(proto(global("os", "system") + ")R"), keys, data), {"'os.system'"});
   const std::string whole = legacy(pickle, keys, data);
-  refused(whole.substr(0, 40), {"cut"});
+  refused_torch(whole.substr(0, 40), {"cut"});
   std::string foreign = whole;
   foreign[foreign.find('\x88')] = '\x89';
-  refused(foreign, {"not little-endian"});
+  refused_torch(foreign, {"not little-endian"});
 }
 
 TEST_CASE("checkpoints of PYRA's authors: schedule, names, merged LoRA", "[torch]") {
@@ -223,7 +224,7 @@ TEST_CASE("checkpoints of PYRA's authors: schedule, names, merged LoRA", "[torch
   for (const auto& [name, tensor] : golden.tensors())
     if (name.starts_with("model.")) base.weights.emplace(name.substr(6), tensor);
   base = timm_model(named_tensors("base", base.weights, {}), {.image_size = {}, .num_heads = 4});
-  const NamedTensors trained = named_tensors("p.pth", read_torch_file(kFixtures / "pyra_trained.pth").tensors, {});
+  const NamedTensors trained = named_tensors("p.pth", read_torch_file(kPthFiles / "pyra_trained.pth").tensors, {});
   CHECK(is_pyra_checkpoint(trained));
   const ModelFile model = pyra_checkpoint_model(trained, &base);
   REQUIRE(model.merge);
@@ -238,7 +239,7 @@ TEST_CASE("checkpoints of PYRA's authors: schedule, names, merged LoRA", "[torch
   CHECK(model.preprocess.mean[0] == 0.485f);
 
   const auto changed = [&](const std::string& name, const at::Tensor& tensor) {
-    sdk::TensorMap tensors = read_torch_file(kFixtures / "pyra_trained.pth").tensors;
+    sdk::TensorMap tensors = read_torch_file(kPthFiles / "pyra_trained.pth").tensors;
     tensors.erase(name);
     if (tensor.defined()) tensors.emplace(name, tensor);
     return named_tensors("p.pth", tensors, {});

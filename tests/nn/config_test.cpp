@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "io/io_support.h"
 #include "support.h"
 
 using namespace pyra;
@@ -16,17 +17,6 @@ std::vector<int64_t> after(const VitConfig& config, const std::vector<int64_t>& 
   int64_t tokens = config.tokens();
   for (int64_t r : remove) counts.push_back(tokens -= std::min(r, (tokens - config.protected_tokens()) / 2));
   return counts;
-}
-
-std::string error_of(const std::function<void()>& run, ExitCode code) {
-  try {
-    run();
-  } catch (const Error& error) {
-    CHECK(error.code() == code);
-    return error.what();
-  }
-  FAIL("nothing was thrown");
-  return {};
 }
 
 }  // namespace
@@ -113,7 +103,7 @@ TEST_CASE("schedule files give removed or kept counts", "[nn]") {
   CHECK(parse_schedule(published + "#vit_tiny/0.6", config).merge == counts.merge);
 
   const auto message = [&](const std::string& text) {
-    return error_of([&] { (void)parse_schedule(text, config); }, ExitCode::usage);
+    return test::message_of([&] { (void)parse_schedule(text, config); }, ExitCode::usage);
   };
   CHECK(message(write("d.toml", "\nremoves = [1]")).find("d.toml:2: removes is not a key; did you mean 'remove'?") !=
         std::string::npos);
@@ -127,10 +117,11 @@ TEST_CASE("schedule files give removed or kept counts", "[nn]") {
 }
 
 TEST_CASE("an unknown architecture names the nearest", "[nn]") {
-  CHECK(error_of([] { (void)arch_config("vit_bse_patch16_224"); }, ExitCode::usage).find("'vit_base_patch16_224'") !=
-        std::string::npos);
+  CHECK(test::message_of([] { (void)arch_config("vit_bse_patch16_224"); }, ExitCode::usage)
+            .find("'vit_base_patch16_224'") != std::string::npos);
   // A file may say anything: no stack is deep enough for a matcher that recurses.
-  CHECK(error_of([] { (void)arch_config("vit_" + std::string(1'000'000, 'a')); }, ExitCode::usage).size() < 1000);
-  CHECK(error_of([] { (void)arch_config("vit_base_patch0_224"); }, ExitCode::input).find("patch_size is 0") !=
+  CHECK(test::message_of([] { (void)arch_config("vit_" + std::string(1'000'000, 'a')); }, ExitCode::usage).size() <
+        1000);
+  CHECK(test::message_of([] { (void)arch_config("vit_base_patch0_224"); }, ExitCode::input).find("patch_size is 0") !=
         std::string::npos);
 }

@@ -2,6 +2,7 @@
 
 #include "base/error.h"
 #include "engine/cpu_engine.h"
+#include "io/io_support.h"
 #include "support.h"
 
 using namespace pyra;
@@ -52,17 +53,6 @@ std::unique_ptr<MergeSetup> merge_last(const VitConfig& config, std::vector<int6
   return setup;
 }
 
-std::string error_of(const std::function<void()>& run, ExitCode code) {
-  try {
-    run();
-  } catch (const Error& error) {
-    CHECK(error.code() == code);
-    return error.what();
-  }
-  FAIL("nothing was thrown");
-  return {};
-}
-
 }  // namespace
 
 TEST_CASE("a model names the first weight that is missing, unknown or misshapen", "[nn]") {
@@ -70,7 +60,7 @@ TEST_CASE("a model names the first weight that is missing, unknown or misshapen"
   const auto message = [&](const std::function<void(TensorMap&)>& change) {
     TensorMap weights = random_weights(config, 1);
     change(weights);
-    return error_of([&] { Vit vit(config, weights); }, ExitCode::input);
+    return test::message_of([&] { Vit vit(config, weights); }, ExitCode::input);
   };
   CHECK(message([](TensorMap& w) { w.erase("blocks.1.norm2.bias"); }).find("blocks.1.norm2.bias is missing") !=
         std::string::npos);
@@ -118,7 +108,7 @@ TEST_CASE("a merger that breaks its contract is named with block and index", "[n
   const auto message = [&](std::function<void(sdk::MergePlan&)> spoil) {
     merger->spoil = std::move(spoil);
     const at::NoGradGuard no_grad;
-    const std::string text = error_of([&] { (void)vit.forward(images(config, 2)); }, ExitCode::plugin);
+    const std::string text = test::message_of([&] { (void)vit.forward(images(config, 2)); }, ExitCode::plugin);
     CHECK(text.find("merger 'last', block 1") != std::string::npos);
     return text;
   };

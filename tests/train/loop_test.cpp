@@ -59,15 +59,13 @@ LoopSettings tiny_settings() {
           .seed = 11};
 }
 
-const nn::Preprocess kPreprocess{.size = 16};
-
 }  // namespace
 
 TEST_CASE("a loop restored before any step ends bit-equal to the unbroken one", "[loop]") {
   const data::StoredSet images = tiny_images(27);  // 3 batches of 8 an epoch, 3 images dropped
   std::vector<std::pair<train::Position, sdk::TensorMap>> snapshots;
   nn::Vit model = tiny_model();
-  Loop whole(model, images, kPreprocess, tiny_settings());
+  Loop whole(model, images, test::kTinyPreprocess, tiny_settings());
   REQUIRE(whole.steps_per_epoch() == 3);
   int64_t epochs = 0;
   while (!whole.finished()) {
@@ -81,7 +79,7 @@ TEST_CASE("a loop restored before any step ends bit-equal to the unbroken one", 
   for (const auto& [position, tensors] : snapshots) {
     CAPTURE(position.step);
     nn::Vit other = tiny_model();
-    Loop rest(other, images, kPreprocess, tiny_settings());
+    Loop rest(other, images, test::kTinyPreprocess, tiny_settings());
     rest.restore(position, tensors, "test");
     while (!rest.finished()) (void)rest.step();
     test::check_equal(rest.state(), whole.state());
@@ -94,7 +92,7 @@ TEST_CASE("training learns what colours mean", "[loop]") {
   LoopSettings settings = tiny_settings();
   settings.schedule = {.peak = 2e-2, .warmup_epochs = 1, .epochs = 8};
   settings.drop_path = 0;
-  Loop loop(model, images, kPreprocess, settings);
+  Loop loop(model, images, test::kTinyPreprocess, settings);
   std::vector<train::EpochReport> epochs;
   while (!loop.finished()) {
     if (const auto epoch = loop.step()) epochs.push_back(*epoch);
@@ -109,14 +107,14 @@ TEST_CASE("training learns what colours mean", "[loop]") {
 TEST_CASE("fewer images than a batch make one batch", "[loop]") {
   const data::StoredSet images = tiny_images(5);
   nn::Vit model = tiny_model();
-  Loop loop(model, images, kPreprocess, tiny_settings());
+  Loop loop(model, images, test::kTinyPreprocess, tiny_settings());
   CHECK(loop.steps_per_epoch() == 1);
   CHECK(loop.images_per_step() == 5);
   const auto epoch = loop.step();
   REQUIRE(epoch.has_value());
   CHECK(loop.position().epoch == 1);
   const data::StoredSet none = tiny_images(0);
-  CHECK_THROWS_AS(Loop(model, none, kPreprocess, tiny_settings()), Error);
+  CHECK_THROWS_AS(Loop(model, none, test::kTinyPreprocess, tiny_settings()), Error);
 }
 
 TEST_CASE("the merger's tensors may take a rate of their own", "[loop]") {
@@ -126,7 +124,7 @@ TEST_CASE("the merger's tensors may take a rate of their own", "[loop]") {
   const auto moved = [&](double merge_lr) {
     nn::Vit model = tiny_model();
     settings.merge_lr = merge_lr;
-    Loop loop(model, images, kPreprocess, settings);
+    Loop loop(model, images, test::kTinyPreprocess, settings);
     const sdk::TensorMap before = test::copies(loop.state());
     (void)loop.step();
     std::map<std::string, double> largest;
@@ -151,7 +149,7 @@ TEST_CASE("a time limit ends training and squeezes the schedule", "[loop][timed]
   LoopSettings settings = tiny_settings();
   settings.schedule.epochs = 1000000;
   settings.max_seconds = 0.2;
-  Loop loop(model, images, kPreprocess, settings);
+  Loop loop(model, images, test::kTinyPreprocess, settings);
   std::optional<train::EpochReport> last;
   while (!loop.finished()) {
     if (const auto epoch = loop.step()) last = epoch;
@@ -168,7 +166,7 @@ TEST_CASE("what is not finite stops training and changes nothing", "[loop]") {
   nn::Vit model = tiny_model();
   LoopSettings settings = tiny_settings();
   settings.schedule = {.peak = 1e30, .warmup_lr = 1e30, .warmup_epochs = 0, .epochs = 1000};
-  Loop loop(model, images, kPreprocess, settings);
+  Loop loop(model, images, test::kTinyPreprocess, settings);
   std::string message;
   sdk::TensorMap before;
   try {
@@ -188,7 +186,7 @@ TEST_CASE("what is not finite stops training and changes nothing", "[loop]") {
 TEST_CASE("a state of another model is refused by its tensor", "[loop]") {
   const data::StoredSet images = tiny_images(16);
   nn::Vit model = tiny_model();
-  Loop loop(model, images, kPreprocess, tiny_settings());
+  Loop loop(model, images, test::kTinyPreprocess, tiny_settings());
   sdk::TensorMap state = test::copies(loop.state());
   state["value.head.weight"] = at::zeros({7, 32});
   const auto restore = [&] { loop.restore({}, state, "last.safetensors"); };

@@ -16,7 +16,7 @@ using train::RateSearchSettings;
 
 namespace {
 
-constexpr int64_t kDepth = 4;
+constexpr int64_t kBlocks = 4;
 
 data::StoredSet random_images(int64_t n) {
   data::ImageSet set{
@@ -30,10 +30,8 @@ data::StoredSet random_images(int64_t n) {
   return data::stored(std::move(set));
 }
 
-const nn::Preprocess kPreprocess{.size = 16};
-
 RateSearchSettings settings(double share) {
-  const double dense = double(nn::count_macs(test::tiny_config(kDepth)));
+  const double dense = double(nn::count_macs(test::tiny_config(kBlocks)));
   return {.target = share * dense, .unit = 0.1 * dense, .lr = 0.1, .epochs = 6, .batch = 8, .seed = 3};
 }
 
@@ -41,13 +39,13 @@ RateSearchSettings settings(double share) {
 
 TEST_CASE("a search moves its counts to the target and leaves the model alone", "[rate_search]") {
   const double share = GENERATE(0.5, 0.85);
-  const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
+  const nn::Vit vit(test::tiny_config(kBlocks), nn::random_weights(test::tiny_config(kBlocks), 3));
   const sdk::TensorMap before = test::copies(vit.weights());
   const data::StoredSet images = random_images(27);
-  RateSearch search(vit, images, kPreprocess, settings(share));
+  RateSearch search(vit, images, test::kTinyPreprocess, settings(share));
   const auto distance = [&] {
-    const auto macs = double(nn::count_macs(test::tiny_config(kDepth), search.counts().merge));
-    return std::abs(macs / double(nn::count_macs(test::tiny_config(kDepth))) - share);
+    const auto macs = double(nn::count_macs(test::tiny_config(kBlocks), search.counts().merge));
+    return std::abs(macs / double(nn::count_macs(test::tiny_config(kBlocks))) - share);
   };
   const double at_first = distance();
   while (!search.finished()) search.step();
@@ -59,13 +57,13 @@ TEST_CASE("a search moves its counts to the target and leaves the model alone", 
 }
 
 TEST_CASE("a search that is restored goes on bit for bit", "[rate_search]") {
-  const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
+  const nn::Vit vit(test::tiny_config(kBlocks), nn::random_weights(test::tiny_config(kBlocks), 3));
   const data::StoredSet images = random_images(27);
   const RateSearchSettings chosen = settings(0.5);
-  RateSearch unbroken(vit, images, kPreprocess, chosen);
+  RateSearch unbroken(vit, images, test::kTinyPreprocess, chosen);
   while (!unbroken.finished()) unbroken.step();
   for (const int64_t stop : {0, 1, 3, 7, 17, 18}) {
-    RateSearch first(vit, images, kPreprocess, chosen), second(vit, images, kPreprocess, chosen);
+    RateSearch first(vit, images, test::kTinyPreprocess, chosen), second(vit, images, test::kTinyPreprocess, chosen);
     for (int64_t i = 0; i < stop; ++i) first.step();
     second.restore(first.position(), test::copies(first.state()), "test");
     while (!second.finished()) second.step();
@@ -76,12 +74,12 @@ TEST_CASE("a search that is restored goes on bit for bit", "[rate_search]") {
 }
 
 TEST_CASE("another seed is another search", "[rate_search]") {
-  const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
+  const nn::Vit vit(test::tiny_config(kBlocks), nn::random_weights(test::tiny_config(kBlocks), 3));
   const data::StoredSet images = random_images(27);
   const auto end = [&](uint64_t seed) {
     RateSearchSettings chosen = settings(0.5);
     chosen.seed = seed;
-    RateSearch search(vit, images, kPreprocess, chosen);
+    RateSearch search(vit, images, test::kTinyPreprocess, chosen);
     while (!search.finished()) search.step();
     // Block 1's prune is the one that cuts from the start: a rate above an earlier block's feels the MACs alone.
     return search.state().at("value.blocks.1.prune_logits").clone();
@@ -91,9 +89,9 @@ TEST_CASE("another seed is another search", "[rate_search]") {
 }
 
 TEST_CASE("a state of another search is refused by the tensor's name", "[rate_search]") {
-  const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
+  const nn::Vit vit(test::tiny_config(kBlocks), nn::random_weights(test::tiny_config(kBlocks), 3));
   const data::StoredSet images = random_images(8);
-  RateSearch search(vit, images, kPreprocess, settings(0.5));
+  RateSearch search(vit, images, test::kTinyPreprocess, settings(0.5));
   sdk::TensorMap state = test::copies(search.state());
   state["value.blocks.1.merge_logits"] = at::zeros({3});
   test::check_error(ExitCode::input, {"here: tensor 'value.blocks.1.merge_logits'"},
@@ -103,11 +101,11 @@ TEST_CASE("a state of another search is refused by the tensor's name", "[rate_se
 }
 
 TEST_CASE("a loss that is not finite stops the search before it changes anything", "[rate_search]") {
-  sdk::TensorMap weights = nn::random_weights(test::tiny_config(kDepth), 3);
+  sdk::TensorMap weights = nn::random_weights(test::tiny_config(kBlocks), 3);
   weights.at("head.bias")[0] = std::numeric_limits<float>::quiet_NaN();
-  const nn::Vit vit(test::tiny_config(kDepth), std::move(weights));
+  const nn::Vit vit(test::tiny_config(kBlocks), std::move(weights));
   const data::StoredSet images = random_images(8);
-  RateSearch search(vit, images, kPreprocess, settings(0.5));
+  RateSearch search(vit, images, test::kTinyPreprocess, settings(0.5));
   const sdk::TensorMap before = test::copies(search.state());
   CHECK_THROWS_AS(search.step(), train::Diverged);
   test::check_equal(search.state(), before);
@@ -115,13 +113,15 @@ TEST_CASE("a loss that is not finite stops the search before it changes anything
 }
 
 TEST_CASE("nothing to search in one block, or without images", "[rate_search]") {
-  nn::VitConfig shallow = test::tiny_config(kDepth);
+  nn::VitConfig shallow = test::tiny_config(kBlocks);
   shallow.depth = 1;
   const nn::Vit one(shallow, nn::random_weights(shallow, 3)),
-      vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
+      vit(test::tiny_config(kBlocks), nn::random_weights(test::tiny_config(kBlocks), 3));
   const data::StoredSet images = random_images(8), none = random_images(0);
-  test::check_error(ExitCode::usage, {"one block"}, [&] { RateSearch(one, images, kPreprocess, settings(0.5)); });
-  test::check_error(ExitCode::input, {"no image"}, [&] { RateSearch(vit, none, kPreprocess, settings(0.5)); });
+  test::check_error(ExitCode::usage, {"one block"},
+                    [&] { RateSearch(one, images, test::kTinyPreprocess, settings(0.5)); });
+  test::check_error(ExitCode::input, {"no image"},
+                    [&] { RateSearch(vit, none, test::kTinyPreprocess, settings(0.5)); });
 }
 
 TEST_CASE("logits are found for any count but one patch, which could not train", "[rate_search]") {
@@ -139,11 +139,11 @@ TEST_CASE("logits are found for any count but one patch, which could not train",
 }
 
 TEST_CASE("a search starts from the counts it is given", "[rate_search]") {
-  const nn::Vit vit(test::tiny_config(kDepth), nn::random_weights(test::tiny_config(kDepth), 3));
+  const nn::Vit vit(test::tiny_config(kBlocks), nn::random_weights(test::tiny_config(kBlocks), 3));
   const data::StoredSet images = random_images(8);
   RateSearchSettings chosen = settings(0.5);
   chosen.start = {.prune = {17, 14, 9, 5}, .merge = {17, 12, 8, 3}};
-  CHECK(RateSearch(vit, images, kPreprocess, chosen).counts() == chosen.start);
+  CHECK(RateSearch(vit, images, test::kTinyPreprocess, chosen).counts() == chosen.start);
 }
 
 TEST_CASE("fitted counts cost the most that the target allows, and stay counts", "[rate_search]") {

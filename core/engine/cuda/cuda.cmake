@@ -3,6 +3,9 @@ file(GLOB pyra_cuda_sources CONFIGURE_DEPENDS
      ${CMAKE_CURRENT_SOURCE_DIR}/kernels/cuda/*.cu ${CMAKE_CURRENT_SOURCE_DIR}/kernels/cuda/*.cpp
      ${CMAKE_CURRENT_SOURCE_DIR}/engine/cuda/*.cpp)
 add_library(pyra_cuda SHARED ${pyra_cuda_sources})
+set(pyra_together ${pyra_cuda_sources})
+list(FILTER pyra_together INCLUDE REGEX "/engine/cuda/")
+pyra_unity(pyra_cuda ${pyra_together})
 target_link_libraries(pyra_cuda PRIVATE pyra pyra_flags CUDA::cudart_static CUDA::cublasLt)
 target_compile_features(pyra_cuda PRIVATE cxx_std_20)
 target_compile_definitions(pyra_cuda PRIVATE PYRA_VERSION="${PROJECT_VERSION}")
