@@ -17,7 +17,6 @@ namespace pyra::io {
 namespace fs = std::filesystem;
 namespace {
 
-constexpr size_t kMaxJson = size_t{16} << 20;
 constexpr size_t kMaxShards = 256;
 constexpr int kBicubic = 3;  // Pillow's number
 constexpr float kDefaultStatistic = 0.5f;
@@ -32,7 +31,7 @@ class Shards {
       open(kHfWeights);
       return;
     }
-    const nlohmann::json document = read_json(index, kMaxJson);
+    const nlohmann::json document = read_json(index, kMaxHubJson);
     const JsonFields map = JsonFields(document, index.string()).object("weight_map");
     std::set<std::string> files;
     for (const auto& [tensor, file] : map.whole().items()) {
@@ -72,7 +71,7 @@ class HfReader {
   explicit HfReader(const fs::path& folder)
       : folder_(folder),
         config_path_((folder / "config.json").string()),
-        document_(read_json(config_path_, kMaxJson)),
+        document_(read_json(config_path_, kMaxHubJson)),
         config_(document_, config_path_),
         shards_(folder) {}
 
@@ -172,7 +171,7 @@ void HfReader::read_processor(ModelFile& model) const {
   const fs::path path = folder_ / "preprocessor_config.json";
   std::error_code error;
   if (fs::symlink_status(path, error).type() == fs::file_type::not_found) return;
-  const nlohmann::json document = read_json(path, kMaxJson);
+  const nlohmann::json document = read_json(path, kMaxHubJson);
   const JsonFields fields(document, path.string());
   const auto channels = [&](const char* key, std::array<float, 3>& to) {
     if (!fields.has(key)) return;

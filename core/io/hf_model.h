@@ -9,6 +9,7 @@
 namespace pyra::io {
 
 inline constexpr const char* kHfWeights = "model.safetensors";
+inline constexpr size_t kMaxHubJson = size_t{16} << 20;  ///< bytes of a config
 
 /// Whether a folder holds a config.json (which may be timm's, see timm_folder.h).
 [[nodiscard]] bool is_hf_folder(const std::filesystem::path& folder);

@@ -10,8 +10,6 @@ namespace pyra::io {
 namespace fs = std::filesystem;
 namespace {
 
-constexpr size_t kMaxJson = size_t{16} << 20;
-
 /// The entries that a timm file may carry in its own metadata (timm_model.h).
 Metadata metadata_of(const JsonFields& config) {
   Metadata metadata{{"architecture", config.string("architecture")}};
@@ -38,13 +36,13 @@ Metadata metadata_of(const JsonFields& config) {
 
 bool is_timm_folder(const fs::path& folder) {
   if (!is_hf_folder(folder)) return false;
-  const nlohmann::json config = read_json(folder / "config.json", kMaxJson);
+  const nlohmann::json config = read_json(folder / "config.json", kMaxHubJson);
   return config.is_object() && config.contains("architecture");
 }
 
 ModelFile read_timm_folder(const fs::path& folder, const ReadModelOptions& options) {
   const std::string where = (folder / "config.json").string();
-  const nlohmann::json document = read_json(where, kMaxJson);
+  const nlohmann::json document = read_json(where, kMaxHubJson);
   const Metadata said = metadata_of(JsonFields(document, where));
   std::error_code error;
   if (!fs::exists(folder / kHfWeights, error)) fail_without_weights(folder);

@@ -20,13 +20,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-std::string first_line(const fs::path& path) {
-  std::ifstream in(path);
-  std::string line;
-  std::getline(in, line);
-  return line;
-}
-
 // The number after "key<spaces>:" of a /proc file, 0 when there is none.
 double proc_number(const char* path, std::string_view key) {
   std::ifstream in(path);
@@ -74,13 +67,13 @@ std::vector<CpuCache> cpu_caches() {
   std::vector<CpuCache> caches;
   for (int index = 0;; ++index) {
     const fs::path folder = cat("/sys/devices/system/cpu/cpu0/cache/index", index);
-    const std::string size = first_line(folder / "size");  // "32K", "8M"
+    const std::string size = first_line((folder / "size").string());  // "32K", "8M"
     if (size.empty()) return caches;
     const int64_t unit = size.back() == 'K' ? 1 << 10 : size.back() == 'M' ? 1 << 20 : 1;
-    caches.push_back({.type = first_line(folder / "type"),
-                      .level = std::atoll(first_line(folder / "level").c_str()),
+    caches.push_back({.type = first_line((folder / "type").string()),
+                      .level = std::atoll(first_line((folder / "level").string()).c_str()),
                       .size = std::atoll(size.c_str()) * unit,
-                      .num_sharing = count_list(first_line(folder / "shared_cpu_list"))});
+                      .num_sharing = count_list(first_line((folder / "shared_cpu_list").string()))});
   }
 }
 

@@ -22,13 +22,6 @@
 namespace pyra::tasks {
 namespace {
 
-std::string first_line(const std::string& path) {
-  std::ifstream in(path);
-  std::string line;
-  std::getline(in, line);
-  return line;
-}
-
 template <class T>
 std::optional<T> number(std::string_view text) {
   T value{};
@@ -136,6 +129,13 @@ int default_threads() {
 }
 
 }  // namespace
+
+std::string first_line(const std::string& path) {
+  std::ifstream in(path);
+  std::string line;
+  std::getline(in, line);
+  return line;
+}
 
 Machine describe_machine() {
   const std::vector<int> cpus = allowed_cpus();

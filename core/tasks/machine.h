@@ -35,4 +35,7 @@ struct Machine {
 /// the physical cores this process may use. Error(usage) when the variable is no number from 1 to 4096.
 void set_threads(int threads);
 
+/// Of a file of /proc or /sys; "" where there is none.
+[[nodiscard]] std::string first_line(const std::string& path);
+
 }  // namespace pyra::tasks
