@@ -1,6 +1,6 @@
 # The README's commands. Everything is done by scripts and CMake; this file only puts them in order.
 #
-#   make demo   set-up, build, then fine-tune, merge, compress, evaluate and bench on real images
+#   make demo   set-up, build of the program, then fine-tune, merge, compress, evaluate and bench on real images
 #   make test   set-up, build, then the test suite
 PREFIX ?= /usr/local
 
@@ -20,7 +20,8 @@ build: configure
 test: build
 	ctest --test-dir build --output-on-failure -j2
 
-demo: build
+demo: configure
+	cmake --build build --target pyractl
 	recipes/demo.sh
 
 install: build
