@@ -111,10 +111,11 @@ def table(found, speeds):
     for label in MERGERS:
         points = points_of(label, found, speeds)
         reached, how = at_speed(points, speeds["small"]) if points else (None, None)
-        if reached is None:
+        small = found.get("small", {})
+        pairs = [value - small[key] for key, value in (reached or {}).items() if key in small]
+        if not pairs:  # no point near that speed, or trainings that failed
             lines.append(f"| {label} | not reached | | | |")
             continue
-        pairs = [value - found["small"][key] for key, value in reached.items() if key in found.get("small", {})]
         mean, half = interval(pairs)
         lines.append(f"| {label} | {mean:+.2f} | {mean - half:+.2f} to {mean + half:+.2f} | {len(pairs)} | {how} |")
     return "\n".join(lines) + "\n"
