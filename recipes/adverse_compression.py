@@ -26,7 +26,8 @@ def kept(file, make):
 def find_schedules(options, large):
     """{label: schedule}, the same for both mergers."""
     if options.schedules:
-        return {schedule: schedule for schedule in options.schedules.split(";")}
+        named_or_not = [part.split("=", 1) for part in options.schedules.split(";")]
+        return {part[0]: part[-1] for part in named_or_not}
     found = {}
     data = next(iter(options.data.values()))
     for speedup in options.speedups.split(","):
@@ -180,7 +181,7 @@ def main():
     parser.add_argument("--data", type=named, required=True, metavar="TASK,…")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--speedups", default="1.3,1.6,2,2.5,3.2,4")
-    parser.add_argument("--schedules", metavar="S;S;…", help="instead: low;high;8;2,4,8,8,8,8,…")
+    parser.add_argument("--schedules", metavar="S;S;…", help="instead: low;high;8;NAME=2,4,8,8,8,8,…")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--batch", type=int, default=128, help="images at once where speed is measured")
     parser.add_argument("--repetitions", type=int, help="of bench; default: until the noise is below 1 %%")
