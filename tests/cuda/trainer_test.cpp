@@ -35,9 +35,11 @@ const std::vector<Method> kMethods = {
     {"LoRA, PYRA", "lora", {{"rank", int64_t{2}}, {"dropout", 0.2}}, "pyra"},
     {"LoRA on every layer, ToMe", "lora", {{"targets", List{"qkv", "proj", "fc1", "fc2"}}, {"alpha", 5.0}}, "tome"},
     {"LoRA on q and v", "lora", {{"rank", int64_t{17}}, {"targets", List{"q", "v"}}}, ""},
-    // Hidden rows that hold q, k and v: gradients put aside, rank 8 with the norm's own way through A and without.
-    {"LoRA of rank 8, wide", "lora", {{"rank", int64_t{8}}, {"dropout", 0.2}}, "pyra", nn::Pool::token, 192},
-    {"LoRA of rank 3, wide", "lora", {{"rank", int64_t{3}}, {"dropout", 0.2}}, "tome", nn::Pool::token, 192},
+    // Hidden rows that hold q, k and v: gradients put aside, with the norm's own way through A (rank 8) and without.
+    {"LoRA of rank 8, wide, PYRA", "lora", {{"rank", int64_t{8}}, {"dropout", 0.2}}, "pyra", nn::Pool::token, 192},
+    {"LoRA of rank 8, wide", "lora", {{"rank", int64_t{8}}, {"dropout", 0.2}}, "", nn::Pool::token, 192},
+    {"LoRA of rank 3, wide, mean of tokens", "lora", {{"rank", int64_t{3}}}, "", nn::Pool::avg, 192},
+    {"BitFit", "bitfit", {}, ""},
     {"LoRA on fc1, PYRA", "lora", {{"rank", int64_t{3}}, {"targets", List{"fc1"}}}, "pyra"},
     {"BitFit, DiffRate", "bitfit", {}, "diffrate"},
     {"BitFit, PYRA, mean of tokens", "bitfit", {}, "pyra", nn::Pool::avg},
@@ -235,7 +237,7 @@ TEST_CASE("bf16 on a GPU stays near fp32", "[gpu]") {
 TEST_CASE("a GPU's run is bit-equal when repeated and when resumed", "[gpu]") {
   PYRA_NEEDS_GPU();
   const data::StoredSet images = make_images(27);
-  for (const Method& method : {kMethods[0], kMethods[3]})
+  for (const Method& method : {kMethods[0], kMethods[3], kMethods[4]})
     for (const auto precision : {engine::Precision::fp32, engine::Precision::bf16}) {
       CAPTURE(method);
       const LoopSettings settings = settings_on("cuda:0", precision);

@@ -64,7 +64,7 @@ void TrainStepRunner::plan_partials() {
     const int before = memory_.batch * block.tokens, after = memory_.batch * block.tokens_after();
     plan_norm(block.norm1, before);
     plan_linear(block.qkv, before);
-    plan_linear(block.proj, before);
+    plan_linear(block.proj, block.class_alone ? after : before);
     plan_gate(block);
     plan_norm(block.norm2, after);
     plan_linear(block.fc1, after);
@@ -93,15 +93,16 @@ void TrainStepRunner::sum_columns(TrainedSlot slot, const void* d, DType dtype, 
                     main_);
 }
 
-/// dx = dy W, with the columns behind; `activation`: times GELU's slope there.
+/// dx = dy W, with the columns behind; `activation`: times GELU's slope there. dx_stride 0: rows follow each other.
 void TrainStepRunner::product_backward(const TrainLinear& layer, const void* dy, int64_t dy_stride, int rows, void* dx,
-                                       const void* activation) {
+                                       const void* activation, int64_t dx_stride) {
   cuda::LinearCall call = call_of(layer, dy, rows);
   call.bias = nullptr;
   call.y = dx;
   call.in = layer.out;
   call.out = layer.stride;
   call.x_stride = int(dy_stride);
+  call.y_stride = int(dx_stride);
   call.transposed = true;
   if (activation) {
     call.activation = const_cast<void*>(activation);
@@ -262,6 +263,7 @@ void TrainStepRunner::backward_norm2_and_merge(const TrainBatch& batch, int inde
   const int rows = memory_.batch * block.tokens_after(), channels = int(model_.config.embed_dim);
   norm_backward(block.norm2, saved.normalised2, saved.inverse2, memory_.rows.get(), block.fc1.stride, rows,
                 block.tokens_after(), block.merge ? nullptr : memory_.branch.get(), scale_of(batch, index, 0));
+  if (block.class_alone) spread_class(index);
   if (!block.merge || !needed(position_of(index, Place::merge))) return;
   const DeviceMerge& merge = *block.merge;
   --stream_;
@@ -352,6 +354,36 @@ void TrainStepRunner::qkv_gradients(int index) {
              adds ? main_ : stream);
 }
 
+/// From the class tokens' gradient of the stream to that of all tokens: zero for the others.
+void TrainStepRunner::spread_class(int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  const size_t row = size_t(model_.config.embed_dim) * sizeof(float), images = size_t(memory_.batch);
+  void* const all = memory_.d_stream[size_t(1 - d_stream_)].get();
+  PYRA_CUDA(cudaMemsetAsync(all, 0, images * size_t(block.tokens) * row, main_));
+  PYRA_CUDA(cudaMemcpy2DAsync(all, size_t(block.tokens) * row, memory_.d_stream[size_t(d_stream_)].get(), row, row,
+                              images, cudaMemcpyDeviceToDevice, main_));
+  d_stream_ = 1 - d_stream_;
+  --stream_;
+}
+
+/// To the gradient of attention's output, in memory_.rows, with proj's stride.
+void TrainStepRunner::projection_backward(int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  const TrainLinear& proj = block.proj;
+  const int rows = memory_.batch * (block.class_alone ? 1 : block.tokens), channels = proj.out;
+  const auto compute = model_.types.compute;
+  void *d_branch = memory_.branch.get(), *d_attended = memory_.rows.get();
+  sum_columns(proj.bias_slot, d_branch, compute, channels, rows, channels);
+  if (!block.class_alone) {
+    product_backward(proj, d_branch, channels, rows, d_attended);
+    return low_rank_backward(proj, index, LinearKind::proj, d_branch, channels,
+                             memory_.blocks[size_t(index)].attended.get(), channels, nullptr, d_attended, rows);
+  }
+  const int64_t image = int64_t(block.tokens) * proj.in;
+  PYRA_CUDA(cudaMemsetAsync(d_attended, 0, size_t(memory_.batch * image) * cuda::size_of(compute), main_));
+  product_backward(proj, d_branch, channels, rows, d_attended, nullptr, image);
+}
+
 /// To the gradient of norm1's output, in d_norm1().
 void TrainStepRunner::backward_attention(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
@@ -359,10 +391,7 @@ void TrainStepRunner::backward_attention(int index) {
   const nn::VitConfig& config = model_.config;
   const int rows = memory_.batch * block.tokens, channels = int(config.embed_dim);
   const auto compute = model_.types.compute;
-  sum_columns(block.proj.bias_slot, memory_.branch.get(), compute, channels, rows, channels);
-  product_backward(block.proj, memory_.branch.get(), channels, rows, memory_.rows.get());
-  low_rank_backward(block.proj, index, LinearKind::proj, memory_.branch.get(), channels, saved.attended.get(), channels,
-                    nullptr, memory_.rows.get(), rows);
+  projection_backward(index);
   if (!needed(position_of(index, Place::qkv))) return;
   const void* d_attended = memory_.rows.get();
   if (block.proj.stride != channels) {

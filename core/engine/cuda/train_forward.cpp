@@ -284,6 +284,36 @@ void TrainStepRunner::merge(int index) {
   ++stream_;
 }
 
+/// The class tokens' rows of attention's output through proj, and of the stream a copy to go on with.
+void TrainStepRunner::choose_class(int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  cuda::LinearCall call = call_of(block.proj, memory_.blocks[size_t(index)].attended.get(), memory_.batch);
+  call.x_stride = block.tokens * block.proj.in;
+  call.y = memory_.branch.get();
+  runner_.run(call, main_);
+  const size_t row = size_t(model_.config.embed_dim) * sizeof(float);
+  PYRA_CUDA(cudaMemcpy2DAsync(memory_.stream[size_t(stream_) + 1].get(), row, memory_.stream[size_t(stream_)].get(),
+                              size_t(block.tokens) * row, row, size_t(memory_.batch), cudaMemcpyDeviceToDevice, main_));
+  ++stream_;
+}
+
+/// From attention's output to norm2's, with the merge between them.
+void TrainStepRunner::project_and_add(const TrainBatch& batch, int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  SavedBlock& saved = memory_.blocks[size_t(index)];
+  if (block.class_alone)
+    choose_class(index);
+  else
+    product(block.proj, projection_input(index), memory_.batch * block.tokens, memory_.branch.get());
+  if (block.merge) {
+    if (block.merge->kind == DeviceMerge::Kind::bipartite) PYRA_CUDA(cudaStreamWaitEvent(main_, join_, 0));
+    add_and_norm(scale_of(batch, index, 0), true, block.tokens, nullptr, nullptr, nullptr, 0);
+    return merge(index);
+  }
+  add_and_norm(scale_of(batch, index, 0), true, block.tokens_after(), &block.norm2, &saved.normalised2, &saved.inverse2,
+               block.fc1.stride);
+}
+
 void TrainStepRunner::forward_block(const TrainBatch& batch, int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
   SavedBlock& saved = memory_.blocks[size_t(index)];
@@ -298,18 +328,9 @@ void TrainStepRunner::forward_block(const TrainBatch& batch, int index) {
                &saved.inverse1, block.qkv.stride, low);
   if (!low.a) low_rank_input(block.qkv, index, LinearKind::qkv, memory_.rows.get(), before);
   product(block.qkv, memory_.rows.get(), before, saved.qkv.get());
-  const bool bipartite = block.merge && block.merge->kind == DeviceMerge::Kind::bipartite;
-  if (bipartite) match(index);
+  if (block.merge && block.merge->kind == DeviceMerge::Kind::bipartite) match(index);
   attend(index);
-  product(block.proj, projection_input(index), before, memory_.branch.get());
-  if (bipartite) PYRA_CUDA(cudaStreamWaitEvent(main_, join_, 0));
-  if (block.merge) {
-    add_and_norm(scale_of(batch, index, 0), true, block.tokens, nullptr, nullptr, nullptr, 0);
-    merge(index);
-  } else {
-    add_and_norm(scale_of(batch, index, 0), true, block.tokens, &block.norm2, &saved.normalised2, &saved.inverse2,
-                 block.fc1.stride);
-  }
+  project_and_add(batch, index);
   low_rank_input(block.fc1, index, LinearKind::fc1, memory_.rows.get(), after);
   hidden_rows(index);
   low_rank_input(block.fc2, index, LinearKind::fc2, memory_.wide.get(), after);

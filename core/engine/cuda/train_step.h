@@ -12,9 +12,9 @@ struct SavedBlock {
   DeviceMemory normalised1, normalised2;  ///< [rows,C] compute: norm1's and norm2's rows before weight and bias
   DeviceMemory inverse1, inverse2;        ///< [rows] fp32
   std::array<DeviceMemory, 4> low;        ///< [rows,padded] compute: drop(x) Aᵀ, at the index of the linear kind
-  DeviceMemory qkv;                       ///< [rows,3C] compute
+  DeviceMemory qkv;                       ///< [rows,3C] compute; on the way back norm1's gradient (d_norm1)
   DeviceMemory attended, log_sum;         ///< [rows,C] compute, [B,H,N] fp32
-  DeviceMemory hidden;                    ///< [rows,fc2.stride] compute: before GELU
+  DeviceMemory hidden;                    ///< [rows,fc2.stride] compute: before GELU; on the way back d_qkv
   DeviceMemory keep, src, dst, cosine;    ///< the plan
 };
 
@@ -27,7 +27,7 @@ struct TrainMemory {
 
   int batch = 0;
   size_t bytes = 0;
-  std::vector<DeviceMemory> stream;  ///< fp32; the one before each merge, and the last
+  std::vector<DeviceMemory> stream;  ///< fp32; the one before each merge or choice of class tokens, and the last
   std::vector<DeviceMemory> sizes;   ///< [B,N], of the tokens after each merge
   std::vector<SavedBlock> blocks;
   std::array<DeviceMemory, 2> d_stream;  ///< [B,N,C] fp32
@@ -90,6 +90,8 @@ class TrainStepRunner {
   void attend(int index);
   [[nodiscard]] const void* projection_input(int index);
   void merge(int index);
+  void project_and_add(const TrainBatch& batch, int index);
+  void choose_class(int index);
   void hidden_rows(int index);
   void head(const TrainBatch& batch);
   void copy_rows(const void* from, int from_stride, void* to, int to_stride, int columns, int rows);
@@ -102,11 +104,13 @@ class TrainStepRunner {
   void backward_norm2_and_merge(const TrainBatch& batch, int index);
   void backward_attention(int index);
   void backward_embed();
+  void projection_backward(int index);
+  void spread_class(int index);
   void norm_backward(const TrainNorm& norm, const DeviceMemory& normalised, const DeviceMemory& inverse,
                      const void* d_y, int64_t stride, int rows, int tokens, void* d_branch, const float* scale,
                      const kernels::cuda::NormLowRank& low = {});
   void product_backward(const TrainLinear& layer, const void* dy, int64_t dy_stride, int rows, void* dx,
-                        const void* activation = nullptr);
+                        const void* activation = nullptr, int64_t dx_stride = 0);
   void low_columns_backward(const TrainLinear& layer, const void* dy, int rows, void* d_input);
   void low_rank_backward(const TrainLinear& layer, int block, sdk::LinearKind kind, const void* dy, int64_t dy_stride,
                          const void* x, int64_t x_stride, const TrainNorm* norm, void* d_input, int rows);
