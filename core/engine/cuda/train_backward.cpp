@@ -64,7 +64,7 @@ void TrainStepRunner::plan_partials() {
     const int before = memory_.batch * block.tokens, after = memory_.batch * block.tokens_after();
     plan_norm(block.norm1, before);
     plan_linear(block.qkv, before);
-    plan_linear(block.proj, before);
+    plan_linear(block.proj, block.class_alone ? after : before);
     plan_gate(block);
     plan_norm(block.norm2, after);
     plan_linear(block.fc1, after);
@@ -93,15 +93,16 @@ void TrainStepRunner::sum_columns(TrainedSlot slot, const void* d, DType dtype, 
                     main_);
 }
 
-/// dx = dy W, with the columns behind; `activation`: times GELU's slope there.
+/// dx = dy W, with the columns behind; `activation`: times GELU's slope there. dx_stride 0: rows follow each other.
 void TrainStepRunner::product_backward(const TrainLinear& layer, const void* dy, int64_t dy_stride, int rows, void* dx,
-                                       const void* activation) {
+                                       const void* activation, int64_t dx_stride) {
   cuda::LinearCall call = call_of(layer, dy, rows);
   call.bias = nullptr;
   call.y = dx;
   call.in = layer.out;
   call.out = layer.stride;
   call.x_stride = int(dy_stride);
+  call.y_stride = int(dx_stride);
   call.transposed = true;
   if (activation) {
     call.activation = const_cast<void*>(activation);
@@ -110,20 +111,33 @@ void TrainStepRunner::product_backward(const TrainLinear& layer, const void* dy,
   runner_.run(call, main_);
 }
 
-/// The gradients of a layer's LoRA term from dy and the layer's input; d_input holds dx and, behind it, the gradient of
-/// the thin product, and gets what flows through A. `norm`: the input is x * weight + bias.
-void TrainStepRunner::low_rank_backward(const TrainLinear& layer, int block, LinearKind kind, const void* dy,
-                                        int64_t dy_stride, const void* x, int64_t x_stride, const TrainNorm* norm,
-                                        void* d_input, int rows, bool input_needed) {
-  if (!layer.lora) return;
+/// A stream that goes on from here beside main_, for kernels whose results only the optimiser reads. What they read
+/// must stay as it is for the rest of the step.
+cudaStream_t TrainStepRunner::begin_aside() {
+  if (!uses_aside_) return main_;
+  PYRA_CUDA(cudaEventRecord(fork_, main_));
+  PYRA_CUDA(cudaStreamWaitEvent(aside_, fork_, 0));
+  aside_runs_ = true;
+  return aside_;
+}
+
+/// main_ waits for all that was put aside.
+void TrainStepRunner::end_aside() {
+  if (!aside_runs_) return;
+  PYRA_CUDA(cudaEventRecord(join_, aside_));
+  PYRA_CUDA(cudaStreamWaitEvent(main_, join_, 0));
+  aside_runs_ = false;
+}
+
+/// Of a layer's LoRA term the gradient of B, from dy and what the forward pass left of drop(x) Aᵀ.
+void TrainStepRunner::b_gradient(const TrainLinear& layer, int block, LinearKind kind, const void* dy,
+                                 int64_t dy_stride, int rows, cudaStream_t stream) {
   const LoraTerm& term = *layer.lora;
   const auto compute = model_.types.compute;
-  const size_t size = cuda::size_of(compute);
-  char* const low = static_cast<char*>(memory_.blocks[size_t(block)].low[size_t(kind)].get());
   for (const auto& [begin, end] : term.b_rows)
-    cuda::thin_gradient({.dy = static_cast<const char*>(dy) + size_t(begin) * size,
+    cuda::thin_gradient({.dy = static_cast<const char*>(dy) + size_t(begin) * cuda::size_of(compute),
                          .dy_stride = dy_stride,
-                         .h = low,
+                         .h = memory_.blocks[size_t(block)].low[size_t(kind)].get(),
                          .h_stride = term.padded,
                          .scale = term.scale,
                          .b_partial = partial_of(term.b_slot) + int64_t(begin) * term.rank,
@@ -132,12 +146,20 @@ void TrainStepRunner::low_rank_backward(const TrainLinear& layer, int block, Lin
                          .out = end - begin,
                          .rank = term.rank,
                          .compute = compute},
-                        main_);
+                        stream);
+}
+
+/// Of a layer's LoRA term the gradient of A, from the layer's input; d_input holds dx and, behind it, the gradient of
+/// the thin product, and, if needed, gets what flows through A. `norm`: the input is x * weight + bias.
+void TrainStepRunner::a_gradient(const TrainLinear& layer, const void* x, int64_t x_stride, const TrainNorm* norm,
+                                 void* d_input, int rows, bool input_needed, cudaStream_t stream) {
+  const LoraTerm& term = *layer.lora;
+  const auto compute = model_.types.compute;
   cuda::lora_backward({.x = x,
                        .x_stride = x_stride,
                        .norm_weight = norm ? norm->weight : nullptr,
                        .norm_bias = norm ? norm->bias : nullptr,
-                       .d_h = static_cast<char*>(d_input) + size_t(layer.in) * size,
+                       .d_h = static_cast<char*>(d_input) + size_t(layer.in) * cuda::size_of(compute),
                        .d_h_stride = layer.stride,
                        .a = term.a,
                        .d_x = input_needed ? d_input : nullptr,
@@ -148,7 +170,16 @@ void TrainStepRunner::low_rank_backward(const TrainLinear& layer, int block, Lin
                        .rank = term.rank,
                        .dropout = term.dropout,
                        .compute = compute},
-                      main_);
+                      stream);
+}
+
+/// Both gradients and what flows through A, one after the other.
+void TrainStepRunner::low_rank_backward(const TrainLinear& layer, int block, LinearKind kind, const void* dy,
+                                        int64_t dy_stride, const void* x, int64_t x_stride, const TrainNorm* norm,
+                                        void* d_input, int rows) {
+  if (!layer.lora) return;
+  b_gradient(layer, block, kind, dy, dy_stride, rows, main_);
+  a_gradient(layer, x, x_stride, norm, d_input, rows, true, main_);
 }
 
 void TrainStepRunner::head_backward(const TrainBatch& batch) {
@@ -162,7 +193,7 @@ void TrainStepRunner::head_backward(const TrainBatch& batch) {
                        .batch = memory_.batch,
                        .classes = int(config.num_classes),
                        .channels = channels},
-                      main_);
+                      begin_aside());
   runner_.run({.x = memory_.d_logits.get(),
                .weight = model_.head_weight,
                .y = memory_.d_features.get(),
@@ -214,7 +245,7 @@ void TrainStepRunner::backward_mlp(int index) {
   if (block.fc2.lora) {
     cuda::gelu_forward(saved.hidden.get(), memory_.spare.get(), compute, count, !exact_gelu_, main_);
     low_rank_backward(block.fc2, index, LinearKind::fc2, d_branch, channels, memory_.spare.get(), block.fc2.stride,
-                      nullptr, d_hidden, rows, true);
+                      nullptr, d_hidden, rows);
   }
   if (!needed(position_of(index, Place::fc1))) return;
   if (!inside) cuda::gelu_backward(saved.hidden.get(), d_hidden, compute, count, !exact_gelu_, main_);
@@ -222,7 +253,7 @@ void TrainStepRunner::backward_mlp(int index) {
   if (block.fc1.lora || needed(position_of(index, Place::norm2)))
     product_backward(block.fc1, d_hidden, block.fc2.stride, rows, memory_.rows.get());
   low_rank_backward(block.fc1, index, LinearKind::fc1, d_hidden, block.fc2.stride, saved.normalised2.get(), channels,
-                    &block.norm2, memory_.rows.get(), rows, true);
+                    &block.norm2, memory_.rows.get(), rows);
 }
 
 /// To the gradient of what attention added, in memory_.branch.
@@ -230,8 +261,9 @@ void TrainStepRunner::backward_norm2_and_merge(const TrainBatch& batch, int inde
   const TrainBlock& block = model_.blocks[size_t(index)];
   const SavedBlock& saved = memory_.blocks[size_t(index)];
   const int rows = memory_.batch * block.tokens_after(), channels = int(model_.config.embed_dim);
-  norm_backward(block.norm2, saved.normalised2, saved.inverse2, block.fc1.stride, rows, block.tokens_after(),
-                block.merge ? nullptr : memory_.branch.get(), scale_of(batch, index, 0));
+  norm_backward(block.norm2, saved.normalised2, saved.inverse2, memory_.rows.get(), block.fc1.stride, rows,
+                block.tokens_after(), block.merge ? nullptr : memory_.branch.get(), scale_of(batch, index, 0));
+  if (block.class_alone) spread_class(index);
   if (!block.merge || !needed(position_of(index, Place::merge))) return;
   const DeviceMerge& merge = *block.merge;
   --stream_;
@@ -262,12 +294,13 @@ void TrainStepRunner::backward_norm2_and_merge(const TrainBatch& batch, int inde
 }
 
 void TrainStepRunner::norm_backward(const TrainNorm& norm, const DeviceMemory& normalised, const DeviceMemory& inverse,
-                                    int64_t stride, int rows, int tokens, void* d_branch, const float* scale) {
+                                    const void* d_y, int64_t stride, int rows, int tokens, void* d_branch,
+                                    const float* scale, const cuda::NormLowRank& low) {
   const int channels = int(model_.config.embed_dim);
   const auto compute = model_.types.compute;
-  sum_columns(norm.bias_slot, memory_.rows.get(), compute, stride, rows, channels);
-  sum_columns(norm.weight_slot, memory_.rows.get(), compute, stride, rows, channels, normalised.get());
-  cuda::norm_backward({.d_y = memory_.rows.get(),
+  sum_columns(norm.bias_slot, d_y, compute, stride, rows, channels);
+  sum_columns(norm.weight_slot, d_y, compute, stride, rows, channels, normalised.get());
+  cuda::norm_backward({.d_y = d_y,
                        .d_y_stride = stride,
                        .normalised = normalised.get(),
                        .inverse_deviation = inverse.get<float>(),
@@ -275,6 +308,7 @@ void TrainStepRunner::norm_backward(const TrainNorm& norm, const DeviceMemory& n
                        .d_x = memory_.d_stream[size_t(d_stream_)].get<float>(),
                        .d_branch = d_branch,
                        .branch_scale = scale,
+                       .low = low,
                        .rows_per_image = tokens,
                        .rows = rows,
                        .channels = channels,
@@ -282,17 +316,82 @@ void TrainStepRunner::norm_backward(const TrainNorm& norm, const DeviceMemory& n
                       main_);
 }
 
-/// To the gradient of norm1's output, in memory_.rows.
+/// Whether qkv's LoRA gradients are put aside. What they read then stands in memory of the block that is of no use any
+/// more, where no other block's gradients come: d_qkv in saved.hidden, which GELU's gradient was the last to read, and
+/// norm1's gradient in saved.qkv, which attention's was.
+bool TrainStepRunner::apart(int index) const {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  const SavedBlock& saved = memory_.blocks[size_t(index)];
+  const size_t row = size_t(memory_.batch) * size_t(block.tokens) * cuda::size_of(model_.types.compute);
+  return uses_aside_ && block.qkv.lora && !block.fc2.lora && row * size_t(block.qkv.out) <= saved.hidden.bytes() &&
+         row * size_t(block.qkv.stride) <= saved.qkv.bytes();
+}
+
+void* TrainStepRunner::d_qkv(int index) const {
+  return apart(index) ? memory_.blocks[size_t(index)].hidden.get() : memory_.wide.get();
+}
+
+void* TrainStepRunner::d_norm1(int index) const {
+  return apart(index) ? memory_.blocks[size_t(index)].qkv.get() : memory_.rows.get();
+}
+
+/// Whether norm1's gradient adds what flows through qkv's A itself; its own parameters' gradients would miss that.
+bool TrainStepRunner::norm_takes_a(int index) const {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  return norm_adapts(block.qkv) && !block.norm1.weight_slot && !block.norm1.bias_slot;
+}
+
+/// qkv's LoRA term: its gradients, and what flows through A unless norm1's gradient does that.
+void TrainStepRunner::qkv_gradients(int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  const SavedBlock& saved = memory_.blocks[size_t(index)];
+  if (!block.qkv.lora) return;
+  const int rows = memory_.batch * block.tokens;
+  const bool adds = needed(position_of(index, Place::norm1)) && !norm_takes_a(index);
+  cudaStream_t stream = apart(index) ? begin_aside() : main_;
+  b_gradient(block.qkv, index, LinearKind::qkv, d_qkv(index), block.qkv.out, rows, stream);
+  a_gradient(block.qkv, saved.normalised1.get(), block.qkv.in, &block.norm1, d_norm1(index), rows, adds,
+             adds ? main_ : stream);
+}
+
+/// From the class tokens' gradient of the stream to that of all tokens: zero for the others.
+void TrainStepRunner::spread_class(int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  const size_t row = size_t(model_.config.embed_dim) * sizeof(float), images = size_t(memory_.batch);
+  void* const all = memory_.d_stream[size_t(1 - d_stream_)].get();
+  PYRA_CUDA(cudaMemsetAsync(all, 0, images * size_t(block.tokens) * row, main_));
+  PYRA_CUDA(cudaMemcpy2DAsync(all, size_t(block.tokens) * row, memory_.d_stream[size_t(d_stream_)].get(), row, row,
+                              images, cudaMemcpyDeviceToDevice, main_));
+  d_stream_ = 1 - d_stream_;
+  --stream_;
+}
+
+/// To the gradient of attention's output, in memory_.rows, with proj's stride.
+void TrainStepRunner::projection_backward(int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  const TrainLinear& proj = block.proj;
+  const int rows = memory_.batch * (block.class_alone ? 1 : block.tokens), channels = proj.out;
+  const auto compute = model_.types.compute;
+  void *d_branch = memory_.branch.get(), *d_attended = memory_.rows.get();
+  sum_columns(proj.bias_slot, d_branch, compute, channels, rows, channels);
+  if (!block.class_alone) {
+    product_backward(proj, d_branch, channels, rows, d_attended);
+    return low_rank_backward(proj, index, LinearKind::proj, d_branch, channels,
+                             memory_.blocks[size_t(index)].attended.get(), channels, nullptr, d_attended, rows);
+  }
+  const int64_t image = int64_t(block.tokens) * proj.in;
+  PYRA_CUDA(cudaMemsetAsync(d_attended, 0, size_t(memory_.batch * image) * cuda::size_of(compute), main_));
+  product_backward(proj, d_branch, channels, rows, d_attended, nullptr, image);
+}
+
+/// To the gradient of norm1's output, in d_norm1().
 void TrainStepRunner::backward_attention(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
   const SavedBlock& saved = memory_.blocks[size_t(index)];
   const nn::VitConfig& config = model_.config;
   const int rows = memory_.batch * block.tokens, channels = int(config.embed_dim);
   const auto compute = model_.types.compute;
-  sum_columns(block.proj.bias_slot, memory_.branch.get(), compute, channels, rows, channels);
-  product_backward(block.proj, memory_.branch.get(), channels, rows, memory_.rows.get());
-  low_rank_backward(block.proj, index, LinearKind::proj, memory_.branch.get(), channels, saved.attended.get(), channels,
-                    nullptr, memory_.rows.get(), rows, true);
+  projection_backward(index);
   if (!needed(position_of(index, Place::qkv))) return;
   const void* d_attended = memory_.rows.get();
   if (block.proj.stride != channels) {
@@ -304,21 +403,19 @@ void TrainStepRunner::backward_attention(int index) {
                             .out = saved.attended.get(),
                             .log_sum = saved.log_sum.get<float>(),
                             .d_out = d_attended,
-                            .d_qkv = memory_.wide.get(),
+                            .d_qkv = d_qkv(index),
                             .batch = memory_.batch,
                             .tokens = block.tokens,
                             .heads = int(config.num_heads),
                             .head_dim = int(config.embed_dim / config.num_heads),
                             .dtype = compute},
                            main_);
-  sum_columns(block.qkv.bias_slot, memory_.wide.get(), compute, block.qkv.out, rows, block.qkv.out);
-  const bool below = needed(position_of(index, Place::norm1));
-  if (below)
-    product_backward(block.qkv, memory_.wide.get(), block.qkv.out, rows, memory_.rows.get());
+  sum_columns(block.qkv.bias_slot, d_qkv(index), compute, block.qkv.out, rows, block.qkv.out);
+  if (needed(position_of(index, Place::norm1)))
+    product_backward(block.qkv, d_qkv(index), block.qkv.out, rows, d_norm1(index));
   else if (block.qkv.lora)
-    low_columns_backward(block.qkv, memory_.wide.get(), rows, memory_.rows.get());
-  low_rank_backward(block.qkv, index, LinearKind::qkv, memory_.wide.get(), block.qkv.out, saved.normalised1.get(),
-                    channels, &block.norm1, memory_.rows.get(), rows, below);
+    low_columns_backward(block.qkv, d_qkv(index), rows, d_norm1(index));
+  qkv_gradients(index);
 }
 
 /// Of dx = dy W only the columns behind: nothing below trains.
@@ -346,8 +443,9 @@ void TrainStepRunner::backward_block(const TrainBatch& batch, int index) {
   backward_attention(index);
   if (!needed(position_of(index, Place::norm1))) return;
   const SavedBlock& saved = memory_.blocks[size_t(index)];
-  norm_backward(block.norm1, saved.normalised1, saved.inverse1, block.qkv.stride, memory_.batch * block.tokens,
-                block.tokens, index > 0 ? memory_.branch.get() : nullptr, scale_of(batch, index - 1, 1));
+  norm_backward(block.norm1, saved.normalised1, saved.inverse1, d_norm1(index), block.qkv.stride,
+                memory_.batch * block.tokens, block.tokens, index > 0 ? memory_.branch.get() : nullptr,
+                scale_of(batch, index - 1, 1), norm_takes_a(index) ? low_rank_of(block.qkv) : cuda::NormLowRank{});
 }
 
 /// The patch embedding's bias: the stream's gradient, without the prefix tokens.

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 #include "base/error.h"
 #include "engine/cuda/train_step.h"
@@ -17,6 +19,16 @@ namespace pyra::engine {
 namespace cuda = kernels::cuda;
 using sdk::LinearKind;
 
+namespace {
+
+/// Whether a way of doing the step is used: for measuring without it, VARIABLE=0.
+bool switched_on(const char* variable) {
+  const char* text = std::getenv(variable);
+  return !text || std::string_view(text) != "0";
+}
+
+}  // namespace
+
 TrainStepRunner::TrainStepRunner(TrainModel& model, const nn::Preprocess& preprocess, int batch,
                                  std::shared_ptr<cuda::GemmCache> cache)
     : model_(model),
@@ -24,8 +36,14 @@ TrainStepRunner::TrainStepRunner(TrainModel& model, const nn::Preprocess& prepro
       memory_(model, batch),
       runner_(std::move(cache)),
       exact_gelu_(model.types.compute == DType::fp32) {
-  PYRA_CUDA(cudaStreamCreateWithFlags(&main_, cudaStreamNonBlocking));
-  PYRA_CUDA(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking));
+  uses_aside_ = switched_on("PYRA_TRAIN_ASIDE");
+  uses_norm_rank_ = switched_on("PYRA_TRAIN_FUSE");
+  // A graph's kernels keep the priority of the stream that they were captured from.
+  int least = 0, greatest = 0;
+  PYRA_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  for (cudaStream_t* stream : {&main_, &side_})
+    PYRA_CUDA(cudaStreamCreateWithPriority(stream, cudaStreamNonBlocking, greatest));
+  PYRA_CUDA(cudaStreamCreateWithPriority(&aside_, cudaStreamNonBlocking, least));
   PYRA_CUDA(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming));
   PYRA_CUDA(cudaEventCreateWithFlags(&join_, cudaEventDisableTiming));
   plan_partials();
@@ -34,7 +52,7 @@ TrainStepRunner::TrainStepRunner(TrainModel& model, const nn::Preprocess& prepro
 TrainStepRunner::~TrainStepRunner() {
   for (cudaEvent_t event : {fork_, join_})
     if (event) (void)cudaEventDestroy(event);
-  for (cudaStream_t stream : {main_, side_})
+  for (cudaStream_t stream : {main_, side_, aside_})
     if (stream) (void)cudaStreamDestroy(stream);
 }
 
@@ -60,6 +78,15 @@ void TrainStepRunner::product(const TrainLinear& layer, const void* x, int rows,
   cuda::LinearCall call = call_of(layer, x, rows);
   call.y = y;
   runner_.run(call, main_);
+}
+
+/// Whether the norm before this layer computes what low_rank_input would.
+bool TrainStepRunner::norm_adapts(const TrainLinear& layer) const {
+  return uses_norm_rank_ && layer.lora && cuda::norm_takes_rank(layer.in, layer.lora->rank, layer.lora->padded);
+}
+
+cuda::NormLowRank TrainStepRunner::low_rank_of(const TrainLinear& layer) const {
+  return {.a = layer.lora->a, .padded = layer.lora->padded, .h_copy = nullptr, .dropout = layer.lora->dropout};
 }
 
 /// The columns behind a layer's input: drop(x) Aᵀ, kept for B's gradient too.
@@ -115,7 +142,8 @@ void TrainStepRunner::embed(const TrainBatch& batch) {
 
 /// x += drop-path * branch, and with a norm what follows of it.
 void TrainStepRunner::add_and_norm(const float* branch_scale, bool adds, int tokens, const TrainNorm* norm,
-                                   DeviceMemory* normalised, DeviceMemory* inverse, int64_t y_stride) {
+                                   DeviceMemory* normalised, DeviceMemory* inverse, int64_t y_stride,
+                                   const cuda::NormLowRank& low) {
   cuda::AddNormCall call{.x = memory_.stream[size_t(stream_)].get<float>(),
                          .branch = adds ? memory_.branch.get() : nullptr,
                          .branch_scale = branch_scale,
@@ -131,6 +159,7 @@ void TrainStepRunner::add_and_norm(const float* branch_scale, bool adds, int tok
     call.inverse_deviation = inverse->get<float>();
     call.y = memory_.rows.get();
     call.y_stride = y_stride;
+    call.low = low;
   }
   cuda::add_norm(call, main_);
 }
@@ -255,27 +284,53 @@ void TrainStepRunner::merge(int index) {
   ++stream_;
 }
 
+/// The class tokens' rows of attention's output through proj, and of the stream a copy to go on with.
+void TrainStepRunner::choose_class(int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  cuda::LinearCall call = call_of(block.proj, memory_.blocks[size_t(index)].attended.get(), memory_.batch);
+  call.x_stride = block.tokens * block.proj.in;
+  call.y = memory_.branch.get();
+  runner_.run(call, main_);
+  const size_t row = size_t(model_.config.embed_dim) * sizeof(float);
+  PYRA_CUDA(cudaMemcpy2DAsync(memory_.stream[size_t(stream_) + 1].get(), row, memory_.stream[size_t(stream_)].get(),
+                              size_t(block.tokens) * row, row, size_t(memory_.batch), cudaMemcpyDeviceToDevice, main_));
+  ++stream_;
+}
+
+/// From attention's output to norm2's, with the merge between them.
+void TrainStepRunner::project_and_add(const TrainBatch& batch, int index) {
+  const TrainBlock& block = model_.blocks[size_t(index)];
+  SavedBlock& saved = memory_.blocks[size_t(index)];
+  if (block.class_alone)
+    choose_class(index);
+  else
+    product(block.proj, projection_input(index), memory_.batch * block.tokens, memory_.branch.get());
+  if (block.merge) {
+    if (block.merge->kind == DeviceMerge::Kind::bipartite) PYRA_CUDA(cudaStreamWaitEvent(main_, join_, 0));
+    add_and_norm(scale_of(batch, index, 0), true, block.tokens, nullptr, nullptr, nullptr, 0);
+    return merge(index);
+  }
+  add_and_norm(scale_of(batch, index, 0), true, block.tokens_after(), &block.norm2, &saved.normalised2, &saved.inverse2,
+               block.fc1.stride);
+}
+
 void TrainStepRunner::forward_block(const TrainBatch& batch, int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
   SavedBlock& saved = memory_.blocks[size_t(index)];
   const int before = memory_.batch * block.tokens, after = memory_.batch * block.tokens_after();
+  cuda::NormLowRank low{};
+  if (norm_adapts(block.qkv)) {
+    low = low_rank_of(block.qkv);
+    low.h_copy = saved.low[size_t(LinearKind::qkv)].get();
+  }
   // What the block before added to the stream is added here, where its sum is read anyway.
   add_and_norm(scale_of(batch, index - 1, 1), index > 0, block.tokens, &block.norm1, &saved.normalised1,
-               &saved.inverse1, block.qkv.stride);
-  low_rank_input(block.qkv, index, LinearKind::qkv, memory_.rows.get(), before);
+               &saved.inverse1, block.qkv.stride, low);
+  if (!low.a) low_rank_input(block.qkv, index, LinearKind::qkv, memory_.rows.get(), before);
   product(block.qkv, memory_.rows.get(), before, saved.qkv.get());
-  const bool bipartite = block.merge && block.merge->kind == DeviceMerge::Kind::bipartite;
-  if (bipartite) match(index);
+  if (block.merge && block.merge->kind == DeviceMerge::Kind::bipartite) match(index);
   attend(index);
-  product(block.proj, projection_input(index), before, memory_.branch.get());
-  if (bipartite) PYRA_CUDA(cudaStreamWaitEvent(main_, join_, 0));
-  if (block.merge) {
-    add_and_norm(scale_of(batch, index, 0), true, block.tokens, nullptr, nullptr, nullptr, 0);
-    merge(index);
-  } else {
-    add_and_norm(scale_of(batch, index, 0), true, block.tokens, &block.norm2, &saved.normalised2, &saved.inverse2,
-                 block.fc1.stride);
-  }
+  project_and_add(batch, index);
   low_rank_input(block.fc1, index, LinearKind::fc1, memory_.rows.get(), after);
   hidden_rows(index);
   low_rank_input(block.fc2, index, LinearKind::fc2, memory_.wide.get(), after);
@@ -347,12 +402,14 @@ void TrainStepRunner::head(const TrainBatch& batch) {
 
 void TrainStepRunner::enqueue(const TrainBatch& batch) {
   stream_ = 0;
+  aside_runs_ = false;
   embed(batch);
   for (int i = 0; i < int(model_.blocks.size()); ++i) forward_block(batch, i);
   head(batch);
   head_backward(batch);
   for (int i = int(model_.blocks.size()) - 1; i >= 0; --i) backward_block(batch, i);
   if (needed(kEmbedPosition)) backward_embed();
+  end_aside();
 }
 
 }  // namespace pyra::engine

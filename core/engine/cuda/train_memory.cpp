@@ -30,7 +30,10 @@ void TrainMemory::plan(const TrainModel& model, int images, const Allocate& allo
     allocate(saved.qkv, before * 3 * c * compute);
     allocate(saved.attended, before * c * compute);
     allocate(saved.log_sum, before * heads * 4);
-    allocate(saved.hidden, after * size_t(block.fc2.stride) * compute);
+    // The gradient of q, k and v comes here too where it fits (train_backward.cpp); with the class tokens alone it is
+    // the larger.
+    const size_t hidden = after * size_t(block.fc2.stride), qkv = block.class_alone ? before * 3 * c : 0;
+    allocate(saved.hidden, std::max(hidden, qkv) * compute);
     const std::array<const TrainLinear*, 4> layers = {&block.qkv, &block.proj, &block.fc1, &block.fc2};
     for (size_t kind = 0; kind < layers.size(); ++kind) {
       if (!layers[kind]->lora) continue;
@@ -41,8 +44,8 @@ void TrainMemory::plan(const TrainModel& model, int images, const Allocate& allo
     if (block.proj.lora) spare_row = std::max(spare_row, size_t(block.proj.stride));
     if (block.fc2.lora) spare_row = std::max(spare_row, size_t(block.fc2.stride));
     widest = std::max(widest, size_t(block.tokens_after()) * size_t(block.fc2.stride) * compute);
+    if (block.merge || block.class_alone) allocate(stream.emplace_back(), after * c * 4);
     if (!block.merge) continue;
-    allocate(stream.emplace_back(), after * c * 4);
     allocate(sizes.emplace_back(), after * 4);
     for (DeviceMemory* memory : {&saved.keep, &saved.src, &saved.dst, &saved.cosine}) allocate(*memory, before * 4);
   }

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstdlib>
+#include <string_view>
 
 #include "base/error.h"
 #include "kernels/linear_path.h"
@@ -220,6 +222,14 @@ void TrainModel::add_head(const nn::Vit& model) {
   head_bias = master_or_upload(bias, head_bias_slot);
 }
 
+/// Whether of the last block's result the head reads the class token, and the block is a plain one.
+bool TrainModel::head_reads_class_alone() const {
+  const TrainBlock& last = blocks.back();
+  const char* text = std::getenv("PYRA_TRAIN_CLASS");  // 0: for measuring without it
+  if (text && std::string_view(text) == "0") return false;
+  return config.pool == nn::Pool::token && !last.merge && !last.proj.lora && !last.fc1.lora && !last.fc2.lora;
+}
+
 void TrainModel::check_all_claimed() const {
   for (size_t i = 0; i < tensors_.size(); ++i)
     if (!claimed_[i])
@@ -251,6 +261,7 @@ TrainModel::TrainModel(const nn::Vit& model, const std::vector<TrainedTensor>& t
     add_block(model, i, tokens);
     tokens = blocks.back().tokens_after();
   }
+  blocks.back().class_alone = head_reads_class_alone();
   add_head(model);
   check_all_claimed();
   take_over();

@@ -52,7 +52,8 @@ struct TrainBlock {
   int tokens = 0;  ///< entering
   std::optional<DeviceMerge> merge;
   TrainedSlot gate_a{}, gate_b{}, gate_weight{}, gate_bias{};
-  [[nodiscard]] int tokens_after() const { return merge ? merge->kept : tokens; }
+  bool class_alone = false;  ///< behind attention only the class tokens' rows go on: nobody reads the others
+  [[nodiscard]] int tokens_after() const { return class_alone ? 1 : merge ? merge->kept : tokens; }
 };
 
 class TrainModel {
@@ -92,6 +93,7 @@ class TrainModel {
   void add_block(const nn::Vit& model, int index, int tokens);
   void add_merge(const nn::MergeSetup& setup, TrainBlock& block, int index, int kept);
   void add_head(const nn::Vit& model);
+  [[nodiscard]] bool head_reads_class_alone() const;
   [[nodiscard]] TrainedSlot slot_of(const at::Tensor& tensor, int position);
   [[nodiscard]] const float* master(TrainedSlot slot) const;
   [[nodiscard]] const float* master_or_upload(const at::Tensor& tensor, TrainedSlot slot);

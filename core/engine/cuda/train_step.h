@@ -3,6 +3,7 @@
 #pragma once
 #include "engine/cuda/forward.h"
 #include "engine/cuda/train_model.h"
+#include "kernels/cuda/norm_train.h"
 
 namespace pyra::engine {
 
@@ -11,9 +12,9 @@ struct SavedBlock {
   DeviceMemory normalised1, normalised2;  ///< [rows,C] compute: norm1's and norm2's rows before weight and bias
   DeviceMemory inverse1, inverse2;        ///< [rows] fp32
   std::array<DeviceMemory, 4> low;        ///< [rows,padded] compute: drop(x) Aᵀ, at the index of the linear kind
-  DeviceMemory qkv;                       ///< [rows,3C] compute
+  DeviceMemory qkv;                       ///< [rows,3C] compute; on the way back norm1's gradient (d_norm1)
   DeviceMemory attended, log_sum;         ///< [rows,C] compute, [B,H,N] fp32
-  DeviceMemory hidden;                    ///< [rows,fc2.stride] compute: before GELU
+  DeviceMemory hidden;                    ///< [rows,fc2.stride] compute: before GELU; on the way back d_qkv
   DeviceMemory keep, src, dst, cosine;    ///< the plan
 };
 
@@ -26,7 +27,7 @@ struct TrainMemory {
 
   int batch = 0;
   size_t bytes = 0;
-  std::vector<DeviceMemory> stream;  ///< fp32; the one before each merge, and the last
+  std::vector<DeviceMemory> stream;  ///< fp32; the one before each merge or choice of class tokens, and the last
   std::vector<DeviceMemory> sizes;   ///< [B,N], of the tokens after each merge
   std::vector<SavedBlock> blocks;
   std::array<DeviceMemory, 2> d_stream;  ///< [B,N,C] fp32
@@ -79,7 +80,9 @@ class TrainStepRunner {
   void embed(const TrainBatch& batch);
   void forward_block(const TrainBatch& batch, int index);
   void add_and_norm(const float* branch_scale, bool adds, int tokens, const TrainNorm* norm, DeviceMemory* normalised,
-                    DeviceMemory* inverse, int64_t y_stride);
+                    DeviceMemory* inverse, int64_t y_stride, const kernels::cuda::NormLowRank& low = {});
+  [[nodiscard]] bool norm_adapts(const TrainLinear& layer) const;
+  [[nodiscard]] kernels::cuda::NormLowRank low_rank_of(const TrainLinear& layer) const;
   void low_rank_input(const TrainLinear& layer, int block, sdk::LinearKind kind, void* input, int rows);
   [[nodiscard]] kernels::cuda::LinearCall call_of(const TrainLinear& layer, const void* x, int rows) const;
   void product(const TrainLinear& layer, const void* x, int rows, void* y);
@@ -87,6 +90,8 @@ class TrainStepRunner {
   void attend(int index);
   [[nodiscard]] const void* projection_input(int index);
   void merge(int index);
+  void project_and_add(const TrainBatch& batch, int index);
+  void choose_class(int index);
   void hidden_rows(int index);
   void head(const TrainBatch& batch);
   void copy_rows(const void* from, int from_stride, void* to, int to_stride, int columns, int rows);
@@ -99,14 +104,27 @@ class TrainStepRunner {
   void backward_norm2_and_merge(const TrainBatch& batch, int index);
   void backward_attention(int index);
   void backward_embed();
-  void norm_backward(const TrainNorm& norm, const DeviceMemory& normalised, const DeviceMemory& inverse, int64_t stride,
-                     int rows, int tokens, void* d_branch, const float* scale);
+  void projection_backward(int index);
+  void spread_class(int index);
+  void norm_backward(const TrainNorm& norm, const DeviceMemory& normalised, const DeviceMemory& inverse,
+                     const void* d_y, int64_t stride, int rows, int tokens, void* d_branch, const float* scale,
+                     const kernels::cuda::NormLowRank& low = {});
   void product_backward(const TrainLinear& layer, const void* dy, int64_t dy_stride, int rows, void* dx,
-                        const void* activation = nullptr);
+                        const void* activation = nullptr, int64_t dx_stride = 0);
   void low_columns_backward(const TrainLinear& layer, const void* dy, int rows, void* d_input);
   void low_rank_backward(const TrainLinear& layer, int block, sdk::LinearKind kind, const void* dy, int64_t dy_stride,
-                         const void* x, int64_t x_stride, const TrainNorm* norm, void* d_input, int rows,
-                         bool input_needed);
+                         const void* x, int64_t x_stride, const TrainNorm* norm, void* d_input, int rows);
+  void b_gradient(const TrainLinear& layer, int block, sdk::LinearKind kind, const void* dy, int64_t dy_stride,
+                  int rows, cudaStream_t stream);
+  void a_gradient(const TrainLinear& layer, const void* x, int64_t x_stride, const TrainNorm* norm, void* d_input,
+                  int rows, bool input_needed, cudaStream_t stream);
+  void qkv_gradients(int index);
+  [[nodiscard]] bool apart(int index) const;
+  [[nodiscard]] void* d_qkv(int index) const;
+  [[nodiscard]] void* d_norm1(int index) const;
+  [[nodiscard]] bool norm_takes_a(int index) const;
+  cudaStream_t begin_aside();
+  void end_aside();
   void sum_columns(TrainedSlot slot, const void* d, DType dtype, int64_t stride, int rows, int channels,
                    const void* factor = nullptr);
   /// Whether anything trains at this position or before it.
@@ -117,11 +135,14 @@ class TrainStepRunner {
   TrainMemory memory_;
   kernels::cuda::LinearRunner runner_;
   cudaStream_t main_ = nullptr, side_ = nullptr;
+  cudaStream_t aside_ = nullptr;  ///< of lower priority: gradients that only the optimiser waits for
   cudaEvent_t fork_ = nullptr, join_ = nullptr;
+  bool uses_aside_ = true, uses_norm_rank_ = true;  // PYRA_TRAIN_ASIDE, PYRA_TRAIN_FUSE
   // Where the pass being enqueued stands.
   int stream_ = 0;    ///< of memory_.stream
   int d_stream_ = 0;  ///< of memory_.d_stream
   bool exact_gelu_ = false;
+  bool aside_runs_ = false;  ///< has work that main_ has not waited for
 };
 
 }  // namespace pyra::engine
