@@ -27,7 +27,10 @@ const Shape kShapes[] = {{2, 197, 12, 64}, {3, 157, 3, 64}, {2, 1, 2, 64},   {3,
                          {30, 27, 6, 64},  {20, 37, 8, 64}, {2, 33, 3, 32},  {2, 51, 2, 48},   {1, 257, 2, 80},
                          {2, 100, 3, 96},  {1, 31, 2, 112}, {2, 65, 2, 128}, {1, 1024, 2, 64}, {1, 600, 1, 128},
                          {5, 16, 5, 80},   {4, 5, 3, 128},  {3, 45, 4, 16}};
-const Shape kMates[] = {{30, 27, 12, 64}, {37, 197, 12, 64}, {70, 8, 12, 64}, {5, 45, 3, 80}, {9, 300, 2, 64}};
+/// Of more heads than are on a GPU at once, for every shape of Hopper's kernels that goes from head to head, and
+/// others.
+const Shape kMates[] = {{30, 27, 12, 64}, {37, 197, 12, 64}, {25, 157, 12, 64}, {50, 100, 12, 64},
+                        {60, 64, 12, 64}, {70, 8, 12, 64},   {5, 45, 3, 80},    {9, 300, 2, 64}};
 
 /// Shared memory that makes a Hopper GPU stand for one without its way of attention.
 constexpr const char* kNotHopper = "200000";
@@ -168,8 +171,9 @@ TEST_CASE("Hopper's gradient of attention equals its reference in double, for ev
           "[gpu][attention_backward]") {
   PYRA_NEEDS_GPU();
   const auto dtype = GENERATE(DType::bf16, DType::fp16);
-  const int64_t tokens = GENERATE(1, 8, 15, 16, 17, 31, 32, 33, 48, 49, 63, 64, 65, 80, 81, 96, 97, 112, 113, 128, 129,
-                                  144, 145, 160, 161, 176, 177, 192, 193, 208, 209);
+  const int64_t tokens =
+      GENERATE(1, 2, 8, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 66, 80, 81, 95, 96, 97, 112, 113, 123, 127, 128,
+               129, 130, 144, 145, 157, 160, 161, 176, 177, 191, 192, 193, 194, 197, 207, 208, 209);
   const bool sized = GENERATE(false, true);
   CAPTURE(scalar_type(dtype), tokens, sized);
   const Shape shape{3, tokens, 3, 64};
@@ -191,8 +195,9 @@ TEST_CASE("an image's gradient of attention on the GPU does not depend on its ba
   PYRA_NEEDS_GPU();
   const auto dtype = GENERATE(DType::fp32, DType::bf16, DType::fp16);
   const auto shape = GENERATE(from_range(std::begin(kMates), std::end(kMates)));
-  CAPTURE(scalar_type(dtype), shape.batch, shape.tokens, shape.heads, shape.head_dim);
-  const Problem problem = problem_of(shape, dtype, true);
+  const bool sized = GENERATE(false, true);
+  CAPTURE(scalar_type(dtype), shape.batch, shape.tokens, shape.heads, shape.head_dim, sized);
+  const Problem problem = problem_of(shape, dtype, sized);
   const Outcome together = on_device(problem, shape, dtype);
   for (const int64_t image : {int64_t{0}, shape.batch / 2, shape.batch - 1}) {
     const Outcome alone = on_device(problem.image(image), shape, dtype);
@@ -221,8 +226,9 @@ TEST_CASE("attention's gradient on the GPU stands large logits", "[gpu][attentio
   PYRA_NEEDS_GPU();
   const auto dtype = GENERATE(DType::fp32, DType::bf16);
   const double scale = GENERATE(30.0, 1e3);
-  const Shape shape{2, 40, 2, 64};
-  CAPTURE(scalar_type(dtype), scale);
+  const int64_t tokens = GENERATE(40, 150);
+  const Shape shape{2, tokens, 2, 64};
+  CAPTURE(scalar_type(dtype), scale, tokens);
   const Outcome found = on_device(problem_of(shape, dtype, false, scale), shape, dtype);
   CHECK(at::isfinite(found.d_qkv).all().item<bool>());
   CHECK(at::isfinite(found.log_sum).all().item<bool>());
@@ -231,7 +237,9 @@ TEST_CASE("attention's gradient on the GPU stands large logits", "[gpu][attentio
 TEST_CASE("attention's gradient on the GPU is zero where none comes in", "[gpu][attention_backward]") {
   PYRA_NEEDS_GPU();
   const auto dtype = GENERATE(DType::fp32, DType::bf16, DType::fp16);
-  const Shape shape{2, 70, 3, 64};
+  const int64_t tokens = GENERATE(20, 70, 197);
+  const Shape shape{2, tokens, 3, 64};
+  CAPTURE(scalar_type(dtype), tokens);
   Problem problem = problem_of(shape, dtype, true);
   problem.d_out[0].zero_();
   const at::Tensor d_qkv = on_device(problem, shape, dtype).d_qkv;

@@ -35,6 +35,22 @@ __device__ __forceinline__ void await_phase(uint64_t* barrier, int phase) {
       : "memory");
 }
 
+/// Makes this thread's stores to shared memory known to the copy engine and to wgmma, once threads have met.
+__device__ __forceinline__ void publish_stores() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// A warp's 16x16 block, as mma.sync's left operand has it, to columns 16 * `block` and on of its 16 rows. These start
+/// at `rows`, 128 bytes each, swizzled as describe() wants them; rows before them to the next 1024 bytes: a multiple of
+/// 8.
+__device__ __forceinline__ void store_block(unsigned char* rows, int block, const uint32_t (&word)[4]) {
+  const int matrix = threadIdx.x % 32 / 8, row = threadIdx.x % 8;  // matrices: rows 0 to 7, 8 to 15, then 8 columns on
+  const uint32_t at = shared_address(rows) + (8 * (matrix % 2) + row) * 128 + ((2 * block + matrix / 2) ^ row) * 16;
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(word[0]), "r"(word[1]),
+               "r"(word[2]), "r"(word[3])
+               : "memory");
+}
+
 /// The box of a tensor [image, row, channel] at these coordinates to shared memory; zeros where the tensor has ended.
 __device__ __forceinline__ void copy_box(void* to, const void* map, int channel, int row, int image,
                                          uint64_t* barrier) {
@@ -59,6 +75,15 @@ __device__ __forceinline__ void open_multiplications() {
 /// Closes the multiplications issued so far and waits for them.
 __device__ __forceinline__ void await_multiplications() {
   asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+/// Closes the multiplications issued so far: they become a group.
+__device__ __forceinline__ void close_multiplications() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/// Until at most the `Pending` youngest closed groups still run.
+template <int Pending>
+__device__ __forceinline__ void await_all_but() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 /// Keeps the compiler from reading results before the wait that is written above this.
 template <int N>
@@ -90,6 +115,10 @@ __device__ __forceinline__ void hold_back(float (&results)[N]) {
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." type   \
                "." type " {" PYRA_REGS32 "}, {%32, %33, %34, %35}, %36, more, 1, 1, 1;\n}"                            \
                : PYRA_C32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)))
+#define PYRA_SHARED(type)                                                                                         \
+  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." type   \
+               "." type " {" PYRA_REGS32 "}, %32, %33, more, 1, 1, %35, 1;\n}"                                       \
+               : PYRA_C32(0) : "l"(a), "l"(b), "r"(int(add)), "n"(int(Transposed)))
 // clang-format on
 
 /// c [64, N] = a [64, 16] bᵀ [N, 16], plus what c was if `add`. Warp w of the warpgroup has rows 16w to 16w+15, as
@@ -123,6 +152,16 @@ __device__ __forceinline__ void multiply(float (&c)[32], const uint32_t (&a)[4],
     PYRA_RS("bf16");
 }
 
+/// c [64, 64] = a [64, 16] b [16, 64], plus what c was if `add`; a's rows lie in memory, or, if it is `Transposed`, its
+/// columns do.
+template <class T, bool Transposed>
+__device__ __forceinline__ void multiply_shared(float (&c)[32], uint64_t a, uint64_t b, bool add) {
+  if constexpr (std::is_same_v<T, __half>)
+    PYRA_SHARED("f16");
+  else
+    PYRA_SHARED("bf16");
+}
+
 #undef PYRA_C4
 #undef PYRA_C8
 #undef PYRA_C16
@@ -137,6 +176,7 @@ __device__ __forceinline__ void multiply(float (&c)[32], const uint32_t (&a)[4],
 #undef PYRA_SS
 #undef PYRA_SS_OF
 #undef PYRA_RS
+#undef PYRA_SHARED
 
 }  // namespace
 }  // namespace pyra::kernels::cuda
