@@ -46,7 +46,8 @@ void TrainStepRunner::plan_linear(const TrainLinear& layer, int rows) {
 
 void TrainStepRunner::plan_gate(const TrainBlock& block) {
   if (!block.gate_a) return;
-  const int channels = int(model_.config.embed_dim), merged = block.merge->merged, row = merged + 3 * channels;
+  const int channels = int(model_.config.embed_dim), merged = int(model_.segment(block.gate_a).count);
+  const int row = merged + 3 * channels;
   if (!block.gate_b || !block.gate_weight || !block.gate_bias)
     fail(ExitCode::usage, "a gate of which only a part trains; train on the CPU: --device cpu");
   float* partial = add_partial(block.gate_a, memory_.batch, row);

@@ -222,12 +222,15 @@ void TrainModel::add_head(const nn::Vit& model) {
   head_bias = master_or_upload(bias, head_bias_slot);
 }
 
-/// Whether of the last block's result the head reads the class token, and the block is a plain one.
-bool TrainModel::head_reads_class_alone() const {
-  const TrainBlock& last = blocks.back();
+/// Where the head reads the class token alone, that is all of the last block's MLP, forward and back. Its merge never
+/// touches that token, so there is none: gradients of its gate are zero. LoRA terms of these layers would number their
+/// dropout's masks by other rows than the CPU does.
+void TrainModel::keep_what_the_head_reads() {
+  TrainBlock& last = blocks.back();
   const char* text = std::getenv("PYRA_TRAIN_CLASS");  // 0: for measuring without it
-  if (text && std::string_view(text) == "0") return false;
-  return config.pool == nn::Pool::token && !last.merge && !last.proj.lora && !last.fc1.lora && !last.fc2.lora;
+  if (text && std::string_view(text) == "0") return;
+  last.class_alone = config.pool == nn::Pool::token && !last.proj.lora && !last.fc1.lora && !last.fc2.lora;
+  if (last.class_alone) last.merge.reset();
 }
 
 void TrainModel::check_all_claimed() const {
@@ -261,7 +264,7 @@ TrainModel::TrainModel(const nn::Vit& model, const std::vector<TrainedTensor>& t
     add_block(model, i, tokens);
     tokens = blocks.back().tokens_after();
   }
-  blocks.back().class_alone = head_reads_class_alone();
+  keep_what_the_head_reads();
   add_head(model);
   check_all_claimed();
   take_over();

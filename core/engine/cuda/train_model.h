@@ -93,7 +93,7 @@ class TrainModel {
   void add_block(const nn::Vit& model, int index, int tokens);
   void add_merge(const nn::MergeSetup& setup, TrainBlock& block, int index, int kept);
   void add_head(const nn::Vit& model);
-  [[nodiscard]] bool head_reads_class_alone() const;
+  void keep_what_the_head_reads();
   [[nodiscard]] TrainedSlot slot_of(const at::Tensor& tensor, int position);
   [[nodiscard]] const float* master(TrainedSlot slot) const;
   [[nodiscard]] const float* master_or_upload(const at::Tensor& tensor, TrainedSlot slot);
