@@ -115,7 +115,6 @@ void TrainStepRunner::product_backward(const TrainLinear& layer, const void* dy,
 /// A stream that goes on from here beside main_, for kernels whose results only the optimiser reads. What they read
 /// must stay as it is for the rest of the step.
 cudaStream_t TrainStepRunner::begin_aside() {
-  if (!uses_aside_) return main_;
   PYRA_CUDA(cudaEventRecord(fork_, main_));
   PYRA_CUDA(cudaStreamWaitEvent(aside_, fork_, 0));
   aside_runs_ = true;
@@ -296,7 +295,7 @@ void TrainStepRunner::backward_norm2_and_merge(const TrainBatch& batch, int inde
 
 void TrainStepRunner::norm_backward(const TrainNorm& norm, const DeviceMemory& normalised, const DeviceMemory& inverse,
                                     const void* d_y, int64_t stride, int rows, int tokens, void* d_branch,
-                                    const float* scale, const cuda::NormLowRank& low) {
+                                    const float* scale) {
   const int channels = int(model_.config.embed_dim);
   const auto compute = model_.types.compute;
   sum_columns(norm.bias_slot, d_y, compute, stride, rows, channels);
@@ -309,7 +308,6 @@ void TrainStepRunner::norm_backward(const TrainNorm& norm, const DeviceMemory& n
                        .d_x = memory_.d_stream[size_t(d_stream_)].get<float>(),
                        .d_branch = d_branch,
                        .branch_scale = scale,
-                       .low = low,
                        .rows_per_image = tokens,
                        .rows = rows,
                        .channels = channels,
@@ -324,7 +322,7 @@ bool TrainStepRunner::apart(int index) const {
   const TrainBlock& block = model_.blocks[size_t(index)];
   const SavedBlock& saved = memory_.blocks[size_t(index)];
   const size_t row = size_t(memory_.batch) * size_t(block.tokens) * cuda::size_of(model_.types.compute);
-  return uses_aside_ && block.qkv.lora && !block.fc2.lora && row * size_t(block.qkv.out) <= saved.hidden.bytes() &&
+  return block.qkv.lora && !block.fc2.lora && row * size_t(block.qkv.out) <= saved.hidden.bytes() &&
          row * size_t(block.qkv.stride) <= saved.qkv.bytes();
 }
 
@@ -336,19 +334,13 @@ void* TrainStepRunner::d_norm1(int index) const {
   return apart(index) ? memory_.blocks[size_t(index)].qkv.get() : memory_.rows.get();
 }
 
-/// Whether norm1's gradient adds what flows through qkv's A itself; its own parameters' gradients would miss that.
-bool TrainStepRunner::norm_takes_a(int index) const {
-  const TrainBlock& block = model_.blocks[size_t(index)];
-  return norm_adapts(block.qkv) && !block.norm1.weight_slot && !block.norm1.bias_slot;
-}
-
 /// qkv's LoRA term: its gradients, and what flows through A unless norm1's gradient does that.
 void TrainStepRunner::qkv_gradients(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
   const SavedBlock& saved = memory_.blocks[size_t(index)];
   if (!block.qkv.lora) return;
   const int rows = memory_.batch * block.tokens;
-  const bool adds = needed(position_of(index, Place::norm1)) && !norm_takes_a(index);
+  const bool adds = needed(position_of(index, Place::norm1));
   cudaStream_t stream = apart(index) ? begin_aside() : main_;
   b_gradient(block.qkv, index, LinearKind::qkv, d_qkv(index), block.qkv.out, rows, stream);
   a_gradient(block.qkv, saved.normalised1.get(), block.qkv.in, &block.norm1, d_norm1(index), rows, adds,
@@ -446,7 +438,7 @@ void TrainStepRunner::backward_block(const TrainBatch& batch, int index) {
   const SavedBlock& saved = memory_.blocks[size_t(index)];
   norm_backward(block.norm1, saved.normalised1, saved.inverse1, d_norm1(index), block.qkv.stride,
                 memory_.batch * block.tokens, block.tokens, index > 0 ? memory_.branch.get() : nullptr,
-                scale_of(batch, index - 1, 1), norm_takes_a(index) ? low_rank_of(block.qkv) : cuda::NormLowRank{});
+                scale_of(batch, index - 1, 1));
 }
 
 /// The patch embedding's bias: the stream's gradient, without the prefix tokens.

@@ -1,6 +1,4 @@
 #include <algorithm>
-#include <cstdlib>
-#include <string_view>
 
 #include "base/error.h"
 #include "engine/cuda/train_step.h"
@@ -19,16 +17,6 @@ namespace pyra::engine {
 namespace cuda = kernels::cuda;
 using sdk::LinearKind;
 
-namespace {
-
-/// Whether a way of doing the step is used: for measuring without it, VARIABLE=0.
-bool switched_on(const char* variable) {
-  const char* text = std::getenv(variable);
-  return !text || std::string_view(text) != "0";
-}
-
-}  // namespace
-
 TrainStepRunner::TrainStepRunner(TrainModel& model, const nn::Preprocess& preprocess, int batch,
                                  std::shared_ptr<cuda::GemmCache> cache)
     : model_(model),
@@ -36,8 +24,6 @@ TrainStepRunner::TrainStepRunner(TrainModel& model, const nn::Preprocess& prepro
       memory_(model, batch),
       runner_(std::move(cache)),
       exact_gelu_(model.types.compute == DType::fp32) {
-  uses_aside_ = switched_on("PYRA_TRAIN_ASIDE");
-  uses_norm_rank_ = switched_on("PYRA_TRAIN_FUSE");
   // A graph's kernels keep the priority of the stream that they were captured from.
   int least = 0, greatest = 0;
   PYRA_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest));
@@ -78,15 +64,6 @@ void TrainStepRunner::product(const TrainLinear& layer, const void* x, int rows,
   cuda::LinearCall call = call_of(layer, x, rows);
   call.y = y;
   runner_.run(call, main_);
-}
-
-/// Whether the norm before this layer computes what low_rank_input would.
-bool TrainStepRunner::norm_adapts(const TrainLinear& layer) const {
-  return uses_norm_rank_ && layer.lora && cuda::norm_takes_rank(layer.in, layer.lora->rank, layer.lora->padded);
-}
-
-cuda::NormLowRank TrainStepRunner::low_rank_of(const TrainLinear& layer) const {
-  return {.a = layer.lora->a, .padded = layer.lora->padded, .h_copy = nullptr, .dropout = layer.lora->dropout};
 }
 
 /// The columns behind a layer's input: drop(x) Aᵀ, kept for B's gradient too.
@@ -142,8 +119,7 @@ void TrainStepRunner::embed(const TrainBatch& batch) {
 
 /// x += drop-path * branch, and with a norm what follows of it.
 void TrainStepRunner::add_and_norm(const float* branch_scale, bool adds, int tokens, const TrainNorm* norm,
-                                   DeviceMemory* normalised, DeviceMemory* inverse, int64_t y_stride,
-                                   const cuda::NormLowRank& low) {
+                                   DeviceMemory* normalised, DeviceMemory* inverse, int64_t y_stride) {
   cuda::AddNormCall call{.x = memory_.stream[size_t(stream_)].get<float>(),
                          .branch = adds ? memory_.branch.get() : nullptr,
                          .branch_scale = branch_scale,
@@ -159,7 +135,6 @@ void TrainStepRunner::add_and_norm(const float* branch_scale, bool adds, int tok
     call.inverse_deviation = inverse->get<float>();
     call.y = memory_.rows.get();
     call.y_stride = y_stride;
-    call.low = low;
   }
   cuda::add_norm(call, main_);
 }
@@ -318,15 +293,10 @@ void TrainStepRunner::forward_block(const TrainBatch& batch, int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
   SavedBlock& saved = memory_.blocks[size_t(index)];
   const int before = memory_.batch * block.tokens, after = memory_.batch * block.tokens_after();
-  cuda::NormLowRank low{};
-  if (norm_adapts(block.qkv)) {
-    low = low_rank_of(block.qkv);
-    low.h_copy = saved.low[size_t(LinearKind::qkv)].get();
-  }
   // What the block before added to the stream is added here, where its sum is read anyway.
   add_and_norm(scale_of(batch, index - 1, 1), index > 0, block.tokens, &block.norm1, &saved.normalised1,
-               &saved.inverse1, block.qkv.stride, low);
-  if (!low.a) low_rank_input(block.qkv, index, LinearKind::qkv, memory_.rows.get(), before);
+               &saved.inverse1, block.qkv.stride);
+  low_rank_input(block.qkv, index, LinearKind::qkv, memory_.rows.get(), before);
   product(block.qkv, memory_.rows.get(), before, saved.qkv.get());
   if (block.merge && block.merge->kind == DeviceMerge::Kind::bipartite) match(index);
   attend(index);

@@ -6,6 +6,23 @@ namespace pyra::engine {
 
 namespace cuda = kernels::cuda;
 
+namespace {
+
+/// The stream's gradient goes from one of two buffers to the other wherever the number of tokens changes: how many each
+/// of them holds at most. The way back begins in the first.
+std::array<int, 2> gradient_tokens(const TrainModel& model) {
+  std::array<int, 2> most{};
+  size_t now = 0;
+  most[0] = model.blocks.back().tokens_after();
+  for (auto block = model.blocks.rbegin(); block != model.blocks.rend(); ++block) {
+    if (block->merge || block->class_alone) now = 1 - now;
+    most[now] = std::max(most[now], block->tokens);
+  }
+  return most;
+}
+
+}  // namespace
+
 /// Calls allocate(memory, bytes) for all that a step of `images` images needs.
 template <class Allocate>
 void TrainMemory::plan(const TrainModel& model, int images, const Allocate& allocate) {
@@ -49,7 +66,8 @@ void TrainMemory::plan(const TrainModel& model, int images, const Allocate& allo
     allocate(sizes.emplace_back(), after * 4);
     for (DeviceMemory* memory : {&saved.keep, &saved.src, &saved.dst, &saved.cosine}) allocate(*memory, before * 4);
   }
-  for (DeviceMemory& memory : d_stream) allocate(memory, b * n * c * 4);
+  const std::array<int, 2> most = gradient_tokens(model);
+  for (size_t i = 0; i < d_stream.size(); ++i) allocate(d_stream[i], b * size_t(most[i]) * c * 4);
   allocate(rows, b * n * longest * compute);
   allocate(branch, b * n * c * compute);
   allocate(wide, b * widest);
@@ -65,7 +83,7 @@ TrainMemory::TrainMemory(const TrainModel& model, int images) : batch(images) {
     memory = DeviceMemory(wanted);
     bytes += wanted;
     // Columns behind a row are read before anyone wrote them, and 0 times NaN would be NaN.
-    PYRA_CUDA(cudaMemset(memory.get(), 0, wanted));
+    if (wanted > 0) PYRA_CUDA(cudaMemset(memory.get(), 0, wanted));
   });
 }
 

@@ -7,8 +7,6 @@
 
 #include <algorithm>
 #include <climits>
-#include <cstdlib>
-#include <string_view>
 
 #include "base/error.h"
 #include "kernels/linear_path.h"
@@ -227,8 +225,6 @@ void TrainModel::add_head(const nn::Vit& model) {
 /// dropout's masks by other rows than the CPU does.
 void TrainModel::keep_what_the_head_reads() {
   TrainBlock& last = blocks.back();
-  const char* text = std::getenv("PYRA_TRAIN_CLASS");  // 0: for measuring without it
-  if (text && std::string_view(text) == "0") return;
   last.class_alone = config.pool == nn::Pool::token && !last.proj.lora && !last.fc1.lora && !last.fc2.lora;
   if (last.class_alone) last.merge.reset();
 }

@@ -3,7 +3,6 @@
 #pragma once
 #include "engine/cuda/forward.h"
 #include "engine/cuda/train_model.h"
-#include "kernels/cuda/norm_train.h"
 
 namespace pyra::engine {
 
@@ -80,9 +79,7 @@ class TrainStepRunner {
   void embed(const TrainBatch& batch);
   void forward_block(const TrainBatch& batch, int index);
   void add_and_norm(const float* branch_scale, bool adds, int tokens, const TrainNorm* norm, DeviceMemory* normalised,
-                    DeviceMemory* inverse, int64_t y_stride, const kernels::cuda::NormLowRank& low = {});
-  [[nodiscard]] bool norm_adapts(const TrainLinear& layer) const;
-  [[nodiscard]] kernels::cuda::NormLowRank low_rank_of(const TrainLinear& layer) const;
+                    DeviceMemory* inverse, int64_t y_stride);
   void low_rank_input(const TrainLinear& layer, int block, sdk::LinearKind kind, void* input, int rows);
   [[nodiscard]] kernels::cuda::LinearCall call_of(const TrainLinear& layer, const void* x, int rows) const;
   void product(const TrainLinear& layer, const void* x, int rows, void* y);
@@ -107,8 +104,7 @@ class TrainStepRunner {
   void projection_backward(int index);
   void spread_class(int index);
   void norm_backward(const TrainNorm& norm, const DeviceMemory& normalised, const DeviceMemory& inverse,
-                     const void* d_y, int64_t stride, int rows, int tokens, void* d_branch, const float* scale,
-                     const kernels::cuda::NormLowRank& low = {});
+                     const void* d_y, int64_t stride, int rows, int tokens, void* d_branch, const float* scale);
   void product_backward(const TrainLinear& layer, const void* dy, int64_t dy_stride, int rows, void* dx,
                         const void* activation = nullptr, int64_t dx_stride = 0);
   void low_columns_backward(const TrainLinear& layer, const void* dy, int rows, void* d_input);
@@ -122,7 +118,6 @@ class TrainStepRunner {
   [[nodiscard]] bool apart(int index) const;
   [[nodiscard]] void* d_qkv(int index) const;
   [[nodiscard]] void* d_norm1(int index) const;
-  [[nodiscard]] bool norm_takes_a(int index) const;
   cudaStream_t begin_aside();
   void end_aside();
   void sum_columns(TrainedSlot slot, const void* d, DType dtype, int64_t stride, int rows, int channels,
@@ -137,7 +132,6 @@ class TrainStepRunner {
   cudaStream_t main_ = nullptr, side_ = nullptr;
   cudaStream_t aside_ = nullptr;  ///< of lower priority: gradients that only the optimiser waits for
   cudaEvent_t fork_ = nullptr, join_ = nullptr;
-  bool uses_aside_ = true, uses_norm_rank_ = true;  // PYRA_TRAIN_ASIDE, PYRA_TRAIN_FUSE
   // Where the pass being enqueued stands.
   int stream_ = 0;    ///< of memory_.stream
   int d_stream_ = 0;  ///< of memory_.d_stream

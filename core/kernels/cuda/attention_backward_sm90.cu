@@ -3,21 +3,19 @@
 //
 // Up to 64 tokens OneTile, with room for 32, 48 or 64; up to 208 Panels, of as many warpgroups as there are 64 keys.
 //
-// Estimates for 128 images of 12 heads of 197 tokens: 0.1 ms of memory at 3 TB/s; 10500 cycles a head of the tensor
-// cores (of which S and dP take 5400: chunks of 32 queries are bound by the reading of the left operand) and as many of
-// all else beside them, 0.1 ms. Not measured yet. Two passes, seven products, one warpgroup a block
-// (attention_backward_two_passes.cuh) took 270, 169, 118, 85, 76, 47, 36, 27, 21 us for 197, 157, 123, 93, 69, 51, 37,
-// 27, 19 tokens.
+// Bounds for 128 images of 12 heads of 197 tokens: 0.1 ms of memory at 3 TB/s; 10500 cycles a head of the tensor cores
+// (of which S and dP take 5400: chunks of 32 queries are bound by the reading of the left operand) and as many of all
+// else beside them, 0.1 ms. Tried and lost: two passes, of keys and of queries, with seven products and one warpgroup a
+// block, which took 270, 169, 118, 85, 76, 47, 36, 27, 21 us for 197, 157, 123, 93, 69, 51, 37, 27, 19 tokens on an
+// H100; whole steps of ViT-B with it and with this (H200, images/s, 128 a step): dense 5 947 and 6 122, PYRA high 14
+// 995 and 15 334.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <string_view>
 
 #include "base/error.h"
 #include "kernels/cuda/attention_backward_one_pass.cuh"
 #include "kernels/cuda/attention_backward_paths.h"
-#include "kernels/cuda/attention_backward_two_passes.cuh"
 
 namespace pyra::kernels::cuda {
 namespace {
@@ -102,27 +100,14 @@ bool launch_type(const AttentionBackwardCall& call, int processors, cudaStream_t
   return launch_panels<T, 4>(call, processors, stream);
 }
 
-/// For comparisons: PYRA_ATTN_BWD=old goes the former way, in two passes.
-bool wants_two_passes() {
-  static const bool wanted = [] {
-    const char* way = std::getenv("PYRA_ATTN_BWD");
-    return way != nullptr && std::string_view(way) == "old";
-  }();
-  return wanted;
-}
-
 }  // namespace
 
 bool attention_backward_sm90(const AttentionBackwardCall& call, cudaStream_t stream) {
   if (call.dtype == DType::fp32 || call.head_dim != kHeadDim || call.tokens > kMostTokens) return false;
   const HopperDevice device = hopper_device();
   if (!device.usable || shared_memory_limit() < size_t{kSharedMemory}) return false;
-  const bool bf16 = call.dtype == DType::bf16;
-  if (wants_two_passes())
-    return bf16 ? two_passes::launch_type<__nv_bfloat16>(call, device.processors, stream)
-                : two_passes::launch_type<__half>(call, device.processors, stream);
-  return bf16 ? launch_type<__nv_bfloat16>(call, device.processors, stream)
-              : launch_type<__half>(call, device.processors, stream);
+  return call.dtype == DType::bf16 ? launch_type<__nv_bfloat16>(call, device.processors, stream)
+                                   : launch_type<__half>(call, device.processors, stream);
 }
 
 }  // namespace pyra::kernels::cuda

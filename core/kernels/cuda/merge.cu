@@ -3,14 +3,14 @@
 // A block owns a slice of an image's output tokens, a warp one of them at a time, a lane its vectors of channels
 // (row.cuh). The launch picks how many slices an image is cut into; no sum knows of it.
 // With a gate every block first computes the gates of its whole image: w1 adds up over all pairs, and to recompute them
-// from L2 should cost a small batch less than a second launch, a large one (a slice is an image then) nothing. A warp
-// takes every kWarps-th pair, keeps its w2[i] and the sum of its a[i] P[i]; the warps' sums are added in their order.
-// Then each warp finds the sources of its output token by ballots over dst (ascending, the plan's order) and adds them.
-//
-// A warp has two rows of shared memory, into which the rows of its next pair, or its next token and that token's first
-// source, are copied asynchronously while it works on the last: what it waits for is asked a row's work ahead. Every
-// lane reads what it copied itself, so no barrier stands between. Reading ahead into registers was given up: they
-// spill, or halve the warps whose loads are in flight.
+// from L2 should cost a small batch less than a second launch, a large one (a slice is an image then) nothing. A round
+// takes kSlots pairs, a warp one of them: it leaves a[i] P[i] in shared memory and keeps w2[i], then every thread adds
+// the round's rows to the channels it owns, in the plan's order. Then each warp finds the sources of its output token
+// by ballots over dst (ascending, the plan's order again) and adds them.
+// Tried and lost: reading a round's or a source's rows ahead of their turn into registers, which spill, or halve the
+// warps whose loads are in flight; and by cp.async into two rows of shared memory a warp, with a warp's sums of a[i]
+// P[i] in registers instead of rounds (H200, ViT-B, 256 images, all merges of a pass: high 0.84 ms for 0.73, low 1.15
+// for 1.03): the way through shared memory costs more than the wait that it hides, with 24 warps to switch between.
 //
 // Bytes moved: K + R tokens read (the gate's R and their destinations once more, from L2 in the main), K written twice.
 #include "kernels/cuda/merge.h"
@@ -20,7 +20,7 @@
 namespace pyra::kernels::cuda {
 namespace {
 
-constexpr int kRowFloats = 22 << 10;  // the warps' rows: two blocks fit a multiprocessor of 164 KB, one that of 99 KB
+constexpr int kSlotFloats = 12 << 10;  // two blocks of 48 KB and their plans fit a multiprocessor
 
 /// What an instance of the kernel is made of: element types, values of a row in a lane.
 template <class Residual_, class Compute_, class Row>
@@ -31,47 +31,49 @@ struct Shape {
   static constexpr int kWidth = kVectorOf<Residual, Compute>;
   static constexpr int kChunks = kValues / kWidth;
   static constexpr int kPositions = kValues * kWarp;  // channels, padded
-  [[nodiscard]] static constexpr bool fits(int warps) { return (2 * warps + 1) * kPositions <= kRowFloats; }
-  static constexpr int kWarps = fits(16) ? 16 : fits(12) ? 12 : fits(8) ? 8 : fits(6) ? 6 : fits(4) ? 4 : 2;
+  // Registers decide: a lane holds a row in fp32 and another as it comes. 64, 80, 168 or 255 of them.
+  static constexpr int kHeld = kValues + kValues * int(sizeof(Residual)) / 4;
+  static constexpr int kWarps = kHeld <= 36 ? 16 : kHeld <= 96 ? 12 : 8;
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kBlocks = kValues <= 48 ? 2 : 1;  // by their registers
-  static_assert(kWidth * sizeof(Residual) == 16, "a lane reads the vectors that it copied");
+  static constexpr int kBlocks = kHeld <= 48 ? 2 : 1;  // on a multiprocessor
+  static constexpr int kSlots = kSlotFloats / kPositions < kWarps ? kSlotFloats / kPositions : kWarps;
   using Vector = Words<Residual, kWidth>;
   [[nodiscard]] __device__ __forceinline__ static int channels(const MergeCall& call) {
     return Row::channels(call.channels);
   }
+  using Raw = RawRow<Residual, kValues, kWidth>;
 };
 
-/// A block's shared memory: arrays of the image's plan and of the slice, w1 in the order of `position`, two rows a
-/// warp. Addresses follow from two numbers, so that they cost no registers.
+/// A block's shared memory: arrays of the image's plan, keep of the slice, and with a gate rows in the order of
+/// `position`. Addresses follow from two numbers, so that they cost no registers.
 template <class S>
 struct Shared {
   float* memory;
   int merged, slice;
 
   static constexpr int kArrays = 8;
-  [[nodiscard]] static size_t bytes(int merged, int slice) {
-    return 4 * (size_t(rows_at(merged, slice)) + size_t(2 * S::kWarps + 1) * S::kPositions);
+  [[nodiscard]] static size_t bytes(bool gated, int merged, int slice) {
+    return 4 * (size_t(rows_at(merged, slice)) + (gated ? size_t(S::kSlots + 1) * S::kPositions : 0));
   }
   [[nodiscard]] __host__ __device__ static int rows_at(int merged, int slice) {
-    return (kArrays * merged + 2 * slice + 3) & ~3;
+    return (kArrays * merged + slice + 3) & ~3;
   }
   __device__ float* source_unit() const { return memory; }                            // [R] u of the source
   __device__ float* destination_unit() const { return memory + merged; }              // [R] u of the destination
   __device__ float* weight() const { return memory + 2 * merged; }                    // [R] src_weight u
   __device__ float* growth() const { return memory + 3 * merged; }                    // [R] added to the size
   __device__ float* token_gate() const { return memory + 4 * merged; }                // [R] w2
-  __device__ int* source_token() const { return ints(5 * merged); }                   // [R] src
-  __device__ int* destination_token() const { return ints(6 * merged); }              // [R] keep[dst]
-  __device__ int* destination() const { return ints(7 * merged); }                    // [R] dst
-  __device__ int* kept() const { return ints(8 * merged); }                           // [slice] keep
-  __device__ float* kept_size() const { return memory + 8 * merged + slice; }         // [slice] its size
-  __device__ float* channel_gate() const { return memory + rows_at(merged, slice); }  // [kPositions] 1 + gate, w1
-  /// Of a warp: 0 for the pair's source and the kept token, 1 for the pair's destination and the token's first source.
-  __device__ float* row(int warp, int which) const { return channel_gate() + (1 + 2 * warp + which) * S::kPositions; }
+  __device__ int* source_token() const { return ints(5); }                            // [R] src
+  __device__ int* destination_token() const { return ints(6); }                       // [R] keep[dst]
+  __device__ int* destination() const { return ints(7); }                             // [R] dst
+  __device__ int* kept() const { return ints(8); }                                    // [slice] keep
+  __device__ float* channel_gate() const { return memory + rows_at(merged, slice); }  // [kPositions] w1
+  __device__ float* gate_row(int slot) const {                                        // [kSlots][kPositions] a[i] P[i]
+    return channel_gate() + (slot + 1) * S::kPositions;
+  }
 
  private:
-  __device__ int* ints(int at) const { return reinterpret_cast<int*>(memory + at); }
+  __device__ int* ints(int array) const { return reinterpret_cast<int*>(memory + array * merged); }
 };
 
 /// Where a lane's vector of 4 values stands in a row in shared memory: a warp's accesses of 16 bytes are contiguous.
@@ -112,49 +114,26 @@ __device__ __forceinline__ void stage_plan(const MergeCall& call, int image, con
     s.destination_unit()[i] = call.weighted ? size_of_token(call, image, receiver) : 1.0f;
   }
 #pragma unroll 1
-  for (int k = begin + int(threadIdx.x); k < end; k += S::kThreads) {
-    const int token = call.keep[kept + k];
-    s.kept()[k - begin] = token;
-    s.kept_size()[k - begin] = size_of_token(call, image, token);
-  }
+  for (int k = begin + int(threadIdx.x); k < end; k += S::kThreads) s.kept()[k - begin] = call.keep[kept + k];
 }
 
-/// Asks for a row of the image; a lane its vectors.
+/// A warp's pair i: a[i] P[i] to `slot`, w2[i]. P = LayerNorm(u_src x_src + u_dst x_dst).
 template <class S>
-__device__ __forceinline__ void fetch_row(const MergeCall& call, int image, int token, float* to, int lane) {
-  const auto* from = row_of<S>(call, image, token);
+__device__ __forceinline__ void gate_pair(const MergeCall& call, int image, const Shared<S>& s, int i, float* slot,
+                                          int lane) {
+  constexpr int kWidth = S::kWidth;
+  const auto *source = row_of<S>(call, image, s.source_token()[i]),
+             *destination = row_of<S>(call, image, s.destination_token()[i]);
+  const float u = s.source_unit()[i], v = s.destination_unit()[i];
+  float p[S::kValues];
 #pragma unroll
   for (int j = 0; j < S::kChunks; ++j) {
-    const int unit = j * kWarp + lane;
-    if (unit * S::kWidth < S::channels(call))
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to + unit * 4))),
-                   "l"(from + unit * S::kWidth)
-                   : "memory");
+    pace<S::kValues>(j);
+    const int c = (j * kWarp + lane) * kWidth, from = c < S::channels(call) ? c : 0;
+    const auto x = S::Vector::read(source + from), y = S::Vector::read(destination + from);
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) p[j * kWidth + e] = __fmaf_rn(u, x.value(e), __fmul_rn(v, y.value(e)));
   }
-}
-/// Until every row that this thread asked for is there.
-__device__ __forceinline__ void await_rows() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-/// Vector j of a row that this lane asked for; what lies past the row is no number, and normalise() leaves it out.
-template <class S>
-__device__ __forceinline__ typename S::Vector fetched(const float* row, int j, int lane) {
-  return S::Vector::read(reinterpret_cast<const typename S::Residual*>(row + (j * kWarp + lane) * 4));
-}
-
-template <class S>
-__device__ __forceinline__ void fetch_pair(const MergeCall& call, int image, const Shared<S>& s, int i, int warp,
-                                           int lane) {
-  fetch_row<S>(call, image, s.source_token()[i], s.row(warp, 0), lane);
-  fetch_row<S>(call, image, s.destination_token()[i], s.row(warp, 1), lane);
-}
-
-/// Of pair i: adds a[i] P[i] to `sum`, leaves w2[i]. p is u_src x_src + u_dst x_dst, P its LayerNorm.
-template <class S>
-__device__ __forceinline__ void gate_pair(const MergeCall& call, const Shared<S>& s, int i, float (&p)[S::kValues],
-                                          float (&sum)[S::kValues], int lane) {
-  constexpr int kWidth = S::kWidth;
   normalise<kWidth>(p, S::channels(call), call.gate_eps, lane);
   const float a = call.gate_a[i];
   float product = 0;
@@ -162,6 +141,7 @@ __device__ __forceinline__ void gate_pair(const MergeCall& call, const Shared<S>
   for (int quad = 0; quad < S::kValues / 4; ++quad) {
     const int c = (quad / (kWidth / 4) * kWarp + lane) * kWidth + quad % (kWidth / 4) * 4;
     pace<S::kValues>(quad);
+    float row[4] = {0, 0, 0, 0};
     if (c < S::channels(call)) {
       float weight[4], bias[4], b[4];
       load_floats<float, 4>(call.gate_weight + c, weight);
@@ -171,53 +151,40 @@ __device__ __forceinline__ void gate_pair(const MergeCall& call, const Shared<S>
       for (int e = 0; e < 4; ++e) {
         const float affine = __fmaf_rn(p[quad * 4 + e], weight[e], bias[e]);
         product = __fmaf_rn(affine, b[e], product);
-        sum[quad * 4 + e] = __fmaf_rn(a, affine, sum[quad * 4 + e]);
+        row[e] = __fmul_rn(a, affine);
       }
     }
+    store_floats<float, 4>(slot + position(quad, lane), row);
   }
   product = warp_sum(product);
   if (lane == 0) s.token_gate()[i] = gate_of(product);
 }
 
-/// The warp's pairs: their w2, and the sum of their a[i] P[i] to the warp's row 1. Row 0 is free when the last pair has
-/// been read.
+/// w1 and w2 of the image into shared memory. Ends with a barrier.
 template <class S>
-__device__ __forceinline__ void gate_pairs(const MergeCall& call, int image, const Shared<S>& s, int warp, int lane) {
-  float sum[S::kValues] = {};
-  if (warp < call.merged) fetch_pair<S>(call, image, s, warp, warp, lane);
+__device__ __forceinline__ void compute_gates(const MergeCall& call, int image, const Shared<S>& s, int warp,
+                                              int lane) {
+  constexpr int kOwned = (S::kPositions + S::kThreads - 1) / S::kThreads;
+  float sum[kOwned] = {};
 #pragma unroll 1
-  for (int i = warp; i < call.merged; i += S::kWarps) {
-    const float u = s.source_unit()[i], v = s.destination_unit()[i];
-    float p[S::kValues];
-    await_rows();
+  for (int base = 0; base < call.merged; base += S::kSlots) {
+    const int i = base + warp, count = min(S::kSlots, call.merged - base);
+    if (warp < S::kSlots && i < call.merged) gate_pair<S>(call, image, s, i, s.gate_row(warp), lane);
+    __syncthreads();
+#pragma unroll 2
+    for (int j = 0; j < count; ++j) {
 #pragma unroll
-    for (int j = 0; j < S::kChunks; ++j) {
-      pace<S::kValues>(j);
-      const auto x = fetched<S>(s.row(warp, 0), j, lane), y = fetched<S>(s.row(warp, 1), j, lane);
-#pragma unroll
-      for (int e = 0; e < S::kWidth; ++e) p[j * S::kWidth + e] = __fmaf_rn(u, x.value(e), __fmul_rn(v, y.value(e)));
+      for (int n = 0; n < kOwned; ++n) {
+        const int own = n * S::kThreads + threadIdx.x;
+        if (own < S::kPositions) sum[n] = __fadd_rn(sum[n], s.gate_row(j)[own]);
+      }
     }
-    if (i + S::kWarps < call.merged) fetch_pair<S>(call, image, s, i + S::kWarps, warp, lane);
-    gate_pair<S>(call, s, i, p, sum, lane);
+    __syncthreads();  // the next round writes over these rows
   }
 #pragma unroll
-  for (int quad = 0; quad < S::kValues / 4; ++quad) {
-    const float part[4] = {sum[quad * 4], sum[quad * 4 + 1], sum[quad * 4 + 2], sum[quad * 4 + 3]};
-    store_floats<float, 4>(s.row(warp, 1) + position(quad, lane), part);
-  }
-}
-
-/// w1 of the image from the warps' sums, between two barriers.
-template <class S>
-__device__ __forceinline__ void add_gates(const MergeCall& call, const Shared<S>& s) {
-  const int warps = min(S::kWarps, call.merged);
-  __syncthreads();
-#pragma unroll 1
-  for (int own = threadIdx.x; own < S::kPositions; own += S::kThreads) {
-    float sum = 0;
-#pragma unroll 4
-    for (int warp = 0; warp < warps; ++warp) sum = __fadd_rn(sum, s.row(warp, 1)[own]);
-    s.channel_gate()[own] = __fadd_rn(1.0f, gate_of(sum));
+  for (int n = 0; n < kOwned; ++n) {
+    const int own = n * S::kThreads + threadIdx.x;
+    if (own < S::kPositions) s.channel_gate()[own] = __fadd_rn(1.0f, gate_of(sum[n]));
   }
   __syncthreads();
 }
@@ -245,99 +212,73 @@ class Sources {
   unsigned mask_ = 0;
 };
 
-/// row += S'[i] w / divisor for vector j of the source. In this order a gate of 1 leaves the factor, and so the sum, as
-/// without a gate.
-template <class S>
-__device__ __forceinline__ void add_vector(const MergeCall& call, const Shared<S>& s, const typename S::Vector& x,
-                                           int j, float share, float w2, float (&row)[S::kValues], int lane) {
-  constexpr int kWidth = S::kWidth;
-#pragma unroll
-  for (int q = 0; q < kWidth / 4; ++q) {
-    float factor[4] = {share, share, share, share};
-    if (call.gate_a) {
-      float w1[4];
-      load_floats<float, 4>(s.channel_gate() + position(j * kWidth / 4 + q, lane), w1);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) factor[e] = __fmul_rn(share, __fmaf_rn(w1[e], w2, 1.0f));
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      float& sum = row[j * kWidth + q * 4 + e];
-      sum = __fmaf_rn(x.value(q * 4 + e), factor[e], sum);
-    }
-  }
-}
-
-/// Source i, from the warp's row 1 (`fetched_already`) or from global memory.
+/// row += S'[i] w / divisor. In this order a gate of 1 leaves the factor, and so the sum, as without a gate.
 template <class S>
 __device__ __forceinline__ void add_source(const MergeCall& call, int image, const Shared<S>& s, int i, float divisor,
-                                           const float* fetched_already, float (&row)[S::kValues], int lane) {
+                                           float (&row)[S::kValues], int lane) {
+  constexpr int kWidth = S::kWidth;
   const auto* source = row_of<S>(call, image, s.source_token()[i]);
   const float share = quotient(s.weight()[i], divisor), w2 = call.gate_a ? s.token_gate()[i] : 0.0f;
 #pragma unroll
   for (int j = 0; j < S::kChunks; ++j) {
     pace<S::kValues>(j);
-    if (fetched_already) {
-      add_vector<S>(call, s, fetched<S>(fetched_already, j, lane), j, share, w2, row, lane);
-      continue;
+    const int c = (j * kWarp + lane) * kWidth;
+    const auto x = S::Vector::read(source + (c < S::channels(call) ? c : 0));
+#pragma unroll
+    for (int q = 0; q < kWidth / 4; ++q) {
+      float factor[4] = {share, share, share, share};
+      if (call.gate_a) {
+        float w1[4];
+        load_floats<float, 4>(s.channel_gate() + position(j * kWidth / 4 + q, lane), w1);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) factor[e] = __fmul_rn(share, __fmaf_rn(w1[e], w2, 1.0f));
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& sum = row[j * kWidth + q * 4 + e];
+        sum = __fmaf_rn(x.value(q * 4 + e), factor[e], sum);
+      }
     }
-    const int c = (j * kWarp + lane) * S::kWidth;
-    add_vector<S>(call, s, S::Vector::read(source + (c < S::channels(call) ? c : 0)), j, share, w2, row, lane);
   }
 }
 
-/// An output token before its rows are there.
-struct Token {
-  float divisor;
-  int first;  ///< of its sources; -1: none
-};
-
-/// Asks for token k's row, unless `row_asked`, and for its first source's; meanwhile finds its divisor and its size,
-/// which it writes.
+/// Output token k of the image, by a warp: x_out, sizes_out and y.
 template <class S>
-__device__ __forceinline__ Token prepare(const MergeCall& call, int image, const Shared<S>& s, int k, int begin,
-                                         bool row_asked, int warp, int lane) {
-  if (!row_asked) fetch_row<S>(call, image, s.kept()[k - begin], s.row(warp, 0), lane);
+__device__ __forceinline__ void merge_row(const MergeCall& call, int image, const Shared<S>& s, int k, int token,
+                                          int lane) {
+  using T = typename S::Residual;
+  using Y = typename S::Compute;
+  typename S::Raw raw;
+  raw.load(row_of<S>(call, image, token), S::channels(call), lane);
+  const float size = size_of_token(call, image, token), unit = call.weighted ? size : 1.0f;
+  float divisor = unit, grown = size;
   Sources find(s.destination(), call.merged, k, lane);
-  float grown = s.kept_size()[k - begin];
-  Token token{call.weighted ? grown : 1.0f, find.next()};
-  if (token.first >= 0) fetch_row<S>(call, image, s.source_token()[token.first], s.row(warp, 1), lane);
-  for (int i = token.first; i >= 0; i = find.next()) {
-    token.divisor = __fadd_rn(token.divisor, s.weight()[i]);
+  const int first = find.next();
+  for (int i = first; i >= 0; i = find.next()) {
+    divisor = __fadd_rn(divisor, s.weight()[i]);
     grown = __fadd_rn(grown, s.growth()[i]);
   }
-  if (lane == 0) call.sizes_out[int64_t(image) * call.kept + k] = grown;
-  return token;
-}
-
-/// Token k's row out of what was asked for: copied, or with its first source.
-template <class S>
-__device__ __forceinline__ void take_rows(const MergeCall& call, int image, const Shared<S>& s, int at,
-                                          const Token& token, float (&row)[S::kValues], int warp, int lane) {
-  await_rows();
-  const bool alone = token.first < 0;
-  const float unit = call.weighted ? s.kept_size()[at] : 1.0f;
-  const float share = alone ? 1.0f : quotient(unit, token.divisor);  // x 1 is x
-#pragma unroll
-  for (int j = 0; j < S::kChunks; ++j) {
-    const auto x = fetched<S>(s.row(warp, 0), j, lane);
-#pragma unroll
-    for (int e = 0; e < S::kWidth; ++e) row[j * S::kWidth + e] = __fmul_rn(x.value(e), share);
-  }
-  if (!alone) add_source<S>(call, image, s, token.first, token.divisor, s.row(warp, 1), row, lane);
-}
-
-/// The merged row of output token k: x_out and y.
-template <class S>
-__device__ __forceinline__ void write_row(const MergeCall& call, int image, int k, float (&rows)[1][S::kValues],
-                                          int lane) {
-  using Y = typename S::Compute;
   const int64_t output = int64_t(image) * call.kept + k, to = output * S::channels(call);
-  store_row<typename S::Residual, S::kWidth>(static_cast<typename S::Residual*>(call.x_out) + to, rows[0],
-                                             S::channels(call), lane);
-  const float inverse = normalise<S::kWidth>(rows[0], S::channels(call), call.norm_eps, lane);
+  T* x_out = static_cast<T*>(call.x_out) + to;
+  if (lane == 0) call.sizes_out[output] = grown;
+
+  float rows[1][S::kValues];
+  auto& row = rows[0];
+  if (first < 0) {
+    raw.store(x_out, S::channels(call), lane);
+#pragma unroll
+    for (int v = 0; v < S::kValues; ++v) row[v] = raw.value(v);
+  } else {
+    const float share = quotient(unit, divisor);
+#pragma unroll
+    for (int v = 0; v < S::kValues; ++v) row[v] = __fmul_rn(raw.value(v), share);
+    Sources again(s.destination(), call.merged, k, lane);
+    for (int i = again.next(); i >= 0; i = again.next()) add_source<S>(call, image, s, i, divisor, row, lane);
+    store_row<T, S::kWidth>(x_out, row, S::channels(call), lane);
+  }
+  const float inverse = normalise<S::kWidth>(row, S::channels(call), call.norm_eps, lane);
   if (call.normalised) {
-    store_row<Y, S::kWidth>(static_cast<Y*>(call.normalised) + to, rows[0], S::channels(call), lane);
+    store_row<Y, S::kWidth>(static_cast<Y*>(call.normalised) + to, row, S::channels(call), lane);
     if (lane == 0) call.inverse_deviation[output] = inverse;
   }
   store_affine<Y, S::kWidth>(rows, call.norm_weight, call.norm_bias, S::channels(call), lane,
@@ -347,32 +288,16 @@ __device__ __forceinline__ void write_row(const MergeCall& call, int image, int 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks) merge_kernel(const MergeCall call, int slice) {
   extern __shared__ float4 memory[];
+  const bool gated = call.gate_a != nullptr;
   const int image = int(blockIdx.y);
   const int begin = int(blockIdx.x) * slice, end = min(call.kept, begin + slice);
   const Shared<S> s{reinterpret_cast<float*>(memory), call.merged, slice};
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  int k = begin + warp;
   stage_plan<S>(call, image, s, begin, end);
   __syncthreads();
-  if (call.gate_a) gate_pairs<S>(call, image, s, warp, lane);
-  if (k < end) fetch_row<S>(call, image, s.kept()[k - begin], s.row(warp, 0), lane);
-  if (call.gate_a) add_gates<S>(call, s);
-  if (k >= end) return;
-  Token next = prepare<S>(call, image, s, k, begin, /*row_asked=*/true, warp, lane);
+  if (gated) compute_gates<S>(call, image, s, warp, lane);
 #pragma unroll 1
-  for (; k < end; k += S::kWarps) {
-    const Token token = next;
-    float rows[1][S::kValues];
-    take_rows<S>(call, image, s, k - begin, token, rows[0], warp, lane);
-    if (k + S::kWarps < end) next = prepare<S>(call, image, s, k + S::kWarps, begin, /*row_asked=*/false, warp, lane);
-    if (token.first >= 0) {
-      Sources find(s.destination(), call.merged, k, lane);
-      find.next();
-      for (int i = find.next(); i >= 0; i = find.next())
-        add_source<S>(call, image, s, i, token.divisor, nullptr, rows[0], lane);
-    }
-    write_row<S>(call, image, k, rows, lane);
-  }
+  for (int k = begin + warp; k < end; k += S::kWarps) merge_row<S>(call, image, s, k, s.kept()[k - begin], lane);
 }
 
 /// Output tokens of a block: the cut of images that fills the multiprocessors' rounds of blocks with the least work,
@@ -397,7 +322,7 @@ int slice_of(const MergeCall& call) {
 template <class S>
 void launch(const MergeCall& call, cudaStream_t stream) {
   const int slice = slice_of<S>(call), slices = (call.kept + slice - 1) / slice;
-  const size_t bytes = Shared<S>::bytes(call.merged, slice);
+  const size_t bytes = Shared<S>::bytes(call.gate_a != nullptr, call.merged, slice);
   const size_t limit = shared_memory_limit();
   if (bytes > limit)
     fail(ExitCode::device, "merge: a plan of ", call.merged, " pairs of ", call.channels, " channels needs ", bytes,

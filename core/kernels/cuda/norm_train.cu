@@ -4,11 +4,12 @@
 // its own, bit for bit. What is kept of the forward pass is the normalised row, rounded to the compute type, and
 // 1/deviation: backward then needs neither the stream nor its statistics again. Bytes moved a channel, bf16: add_norm 4
 // + 4 (stream), 2 (branch), 2 + 2 (normalised, y); norm_backward 2 + 2 + 4 + 4
-// + 2; scale_rows 4 + 2. A LoRA term of rank 8 on y costs no more bytes (norm_low_rank.cuh): apart it would read
-// y again (lora_down), and read and write its gradient (lora_backward).
+// + 2; scale_rows 4 + 2.
+// Tried and lost: a LoRA term of rank 8 within them, forward and back, which saves a pass over y and two over its
+// gradient (H200, ViT-B, dense: 5 418 and 6 122 images/s at 32 and 128 with it, 5 481 and 6 151 without): registers go
+// from 72 to 118, and what it saves ran beside other work or from the L2.
 #include "kernels/cuda/norm_train.h"
 
-#include "kernels/cuda/norm_low_rank.cuh"
 #include "kernels/cuda/row.cuh"
 
 namespace pyra::kernels::cuda {
@@ -20,7 +21,7 @@ constexpr int kWarps = 4;
   return scale ? scale[row / rows_per_image] : 1.0f;
 }
 
-template <class T, class Row, bool kNorm, bool kLow>
+template <class T, class Row, bool kNorm>
 __global__ void __launch_bounds__(kWarps* kWarp) add_norm_kernel(const AddNormCall call) {
   constexpr int kWidth = kVectorOf<float, T>, kValues = Row::kValues;
   const int channels = Row::channels(call.channels), lane = threadIdx.x % kWarp;
@@ -45,12 +46,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) add_norm_kernel(const AddNormCa
     const float inverse = normalise<kWidth>(x, channels, call.eps, lane);
     store_row<T, kWidth>(static_cast<T*>(call.normalised) + at, x, channels, lane);
     if (lane == 0) call.inverse_deviation[row] = inverse;
-    if constexpr (kLow)
-      store_affine_and_low<T, kWidth>(x, call, channels, row, lane,
-                                      dropped_of_row<kValues>(DropoutMask(call.low.dropout), row, channels, lane));
-    else
-      store_affine<T, kWidth>(rows, call.weight, call.bias, channels, lane,
-                              static_cast<T*>(call.y) + int64_t(row) * call.y_stride, 0);
+    store_affine<T, kWidth>(rows, call.weight, call.bias, channels, lane,
+                            static_cast<T*>(call.y) + int64_t(row) * call.y_stride, 0);
   }
 }
 
@@ -71,7 +68,7 @@ __device__ __forceinline__ void subtract_means(float (&g)[kValues], const Normal
   for (int v = 0; v < kValues; ++v) g[v] = __fmaf_rn(-normalised(v), slope, __fsub_rn(g[v], mean));
 }
 
-template <class T, class Row, bool kLow>
+template <class T, class Row>
 __global__ void __launch_bounds__(kWarps* kWarp) norm_backward_kernel(const NormBackwardCall call) {
   constexpr int kWidth = kVectorOf<float, T>, kValues = Row::kValues;
   const int channels = Row::channels(call.channels), lane = threadIdx.x % kWarp;
@@ -85,12 +82,6 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_backward_kernel(const Norm
   d_x.load(call.d_x + at, channels, lane);
   const float inverse = call.inverse_deviation[row];
   float g[kValues];
-  if constexpr (kLow) {
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) g[v] = d_y.value(v);
-    add_low<T, kWidth>(g, call, channels, row, lane,
-                       dropped_of_row<kValues>(DropoutMask(call.low.dropout), row, channels, lane));
-  }
 #pragma unroll
   for (int j = 0; j < kValues / kWidth; ++j) {
     const int c = (j * kWarp + lane) * kWidth;
@@ -98,10 +89,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_backward_kernel(const Norm
     float weight[kWidth];
     load_floats<float, kWidth>(call.weight + (c < channels ? c : 0), weight);
 #pragma unroll
-    for (int e = 0; e < kWidth; ++e) {
-      const int v = j * kWidth + e;
-      g[v] = __fmul_rn(kLow ? g[v] : d_y.value(v), weight[e]);
-    }
+    for (int e = 0; e < kWidth; ++e) g[j * kWidth + e] = __fmul_rn(d_y.value(j * kWidth + e), weight[e]);
   }
   subtract_means<kWidth>(
       g, [&](int v) { return normalised.value(v); }, channels, lane);
@@ -196,38 +184,11 @@ void check_stride(const char* who, const char* name, int64_t stride, int channel
          " and a multiple of 16 bytes");
 }
 
-void check_low(const char* who, const NormLowRank& low, int channels, int64_t stride) {
-  if (!norm_takes_rank(channels, kNormRanks, low.padded) || stride < channels + low.padded)
-    fail(ExitCode::usage, who, ": a LoRA term with ", low.padded, " columns behind ", channels, ", rows ", stride,
-         " elements apart");
-  check_pointer(who, "a", low.a);
-}
-
 [[nodiscard]] unsigned blocks_of(int rows) {
   return unsigned((rows + kWarps - 1) / kWarps);
 }
 
-/// Rows with an instance for a LoRA term: in the others registers would spill.
-template <class Row>
-constexpr bool kTakesLow =
-    Row::kValues <= 16 || std::is_same_v<Row, RowShape<24, true>> || std::is_same_v<Row, RowShape<32, true>>;
-
-/// Calls f(std::bool_constant) saying whether there is a term.
-template <class Row, class F>
-void with_low(bool low, const F& f) {
-  if constexpr (kTakesLow<Row>) {
-    if (low) return f(std::true_type{});
-  }
-  f(std::false_type{});
-}
-
 }  // namespace
-
-bool norm_takes_rank(int channels, int rank, int padded) {
-  bool takes = false;
-  with_row_shape(channels, [&](auto row) { takes = kTakesLow<decltype(row)>; });
-  return takes && rank == kNormRanks && padded >= kNormRanks && padded <= kWarp && padded % kNormRanks == 0;
-}
 
 void add_norm(const AddNormCall& call, cudaStream_t stream) {
   constexpr const char* kWho = "add_norm";
@@ -243,21 +204,15 @@ void add_norm(const AddNormCall& call, cudaStream_t stream) {
     check_pointer(kWho, "inverse_deviation", call.inverse_deviation);
     check_pointer(kWho, "weight", call.weight);
     check_pointer(kWho, "bias", call.bias);
-    if (call.low.a) {
-      check_low(kWho, call.low, call.channels, call.y_stride);
-      check_pointer(kWho, "h_copy", call.low.h_copy);
-    }
   }
   with_type(call.compute, [&](auto type) {
     with_row_shape(call.channels, [&](auto row) {
       using T = decltype(type);
       using Row = decltype(row);
-      if (!call.y)
-        return add_norm_kernel<T, Row, false, false><<<blocks_of(call.rows), kWarps * kWarp, 0, stream>>>(call);
-      with_low<Row>(call.low.a, [&](auto low) {
-        constexpr bool kLow = decltype(low)::value;
-        add_norm_kernel<T, Row, true, kLow><<<blocks_of(call.rows), kWarps * kWarp, 0, stream>>>(call);
-      });
+      if (call.y)
+        add_norm_kernel<T, Row, true><<<blocks_of(call.rows), kWarps * kWarp, 0, stream>>>(call);
+      else
+        add_norm_kernel<T, Row, false><<<blocks_of(call.rows), kWarps * kWarp, 0, stream>>>(call);
     });
   });
   PYRA_CUDA_LAUNCHED();
@@ -275,15 +230,9 @@ void norm_backward(const NormBackwardCall& call, cudaStream_t stream) {
   check_pointer(kWho, "weight", call.weight);
   check_pointer(kWho, "d_x", call.d_x);
   if (call.d_branch) check_pointer(kWho, "d_branch", call.d_branch);
-  if (call.low.a) check_low(kWho, call.low, call.channels, call.d_y_stride);
   with_type(call.compute, [&](auto type) {
     with_row_shape(call.channels, [&](auto row) {
-      using T = decltype(type);
-      using Row = decltype(row);
-      with_low<Row>(call.low.a, [&](auto low) {
-        constexpr bool kLow = decltype(low)::value;
-        norm_backward_kernel<T, Row, kLow><<<blocks_of(call.rows), kWarps * kWarp, 0, stream>>>(call);
-      });
+      norm_backward_kernel<decltype(type), decltype(row)><<<blocks_of(call.rows), kWarps * kWarp, 0, stream>>>(call);
     });
   });
   PYRA_CUDA_LAUNCHED();

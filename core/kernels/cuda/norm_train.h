@@ -1,21 +1,9 @@
 // LayerNorm in training, on the device, with the residual addition before it: forward, backward, and of the rows that a
 // head reads. The stream and its gradient are fp32; branches, norms' outputs and their gradients are of `compute`.
 #pragma once
-#include "kernels/cuda/lora.h"
+#include "kernels/cuda/cuda_call.h"
 
 namespace pyra::kernels::cuda {
-
-/// A LoRA term of rank 8 on a norm's output, computed while the row is in registers: what lora_down does on the way
-/// there, and on the way back what lora_backward does to d_x.
-struct NormLowRank {
-  const float* a = nullptr;  ///< [8,C]; null: there is none
-  int padded = 0;            ///< columns behind y, h and then zeros: a multiple of 8 up to 32
-  void* h_copy = nullptr;    ///< add_norm: [rows,padded] of `compute`, dense
-  Dropout dropout{};
-};
-constexpr int kNormRanks = 8;
-/// Whether add_norm and norm_backward do a term of this size: of rank 8, on 768, 1024 or up to 512 channels.
-[[nodiscard]] bool norm_takes_rank(int channels, int rank, int padded);
 
 struct AddNormCall {
   float* x = nullptr;                   ///< [rows,C] the stream, updated in place where there is a branch
@@ -28,7 +16,6 @@ struct AddNormCall {
   float* inverse_deviation = nullptr;  ///< [rows]
   void* y = nullptr;                   ///< of `compute`, or null: only the addition is done
   int64_t y_stride = 0;                ///< elements from row to row: more than C leaves room behind
-  NormLowRank low{};                   ///< with one, h = drop(y) Aᵀ is written behind y
   int rows = 0, channels = 0;
   DType compute = DType::bf16;
 };
@@ -45,7 +32,6 @@ struct NormBackwardCall {
   float* d_x = nullptr;                 ///< [rows,C] the stream's gradient, added to
   void* d_branch = nullptr;             ///< [rows,C] of `compute` = the new d_x * scale, or null
   const float* branch_scale = nullptr;  ///< [images] of the branch that was added before this norm, or null: 1
-  NormLowRank low{};                    ///< with one, d_h stands behind d_y, which counts as d_y + mask * (d_h A)
   int rows_per_image = 1;
   int rows = 0, channels = 0;
   DType compute = DType::bf16;
