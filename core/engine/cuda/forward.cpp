@@ -72,13 +72,13 @@ struct Forward::State {
 };
 
 Forward::Forward(const nn::Vit& model, const DeviceModel& device_model, const nn::Preprocess& preprocess,
-                 bool exact_gelu, std::shared_ptr<cuda::GemmCache> cache)
+                 bool exact_gelu, std::shared_ptr<cuda::GemmCache> cache, int priority)
     : model_(device_model),
       preprocess_(preprocess),
       exact_gelu_(exact_gelu || device_model.types.compute == DType::fp32),
       runner_(std::move(cache)) {
-  PYRA_CUDA(cudaStreamCreateWithFlags(&main_, cudaStreamNonBlocking));
-  PYRA_CUDA(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking));
+  for (cudaStream_t* stream : {&main_, &side_})
+    PYRA_CUDA(cudaStreamCreateWithPriority(stream, cudaStreamNonBlocking, priority));
   PYRA_CUDA(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming));
   PYRA_CUDA(cudaEventCreateWithFlags(&join_, cudaEventDisableTiming));
   for (size_t i = 0; i < model_.blocks.size(); ++i) {

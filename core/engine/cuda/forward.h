@@ -38,8 +38,9 @@ struct DeviceImages {
 /// Owns the streams, the workspace of the matrix products and the events that join the streams.
 class Forward {
  public:
+  /// `priority`: of its streams, as CUDA counts it.
   Forward(const nn::Vit& model, const DeviceModel& device_model, const nn::Preprocess& preprocess, bool exact_gelu,
-          std::shared_ptr<kernels::cuda::GemmCache> cache);
+          std::shared_ptr<kernels::cuda::GemmCache> cache, int priority);
   ~Forward();
   Forward(const Forward&) = delete;
   Forward& operator=(const Forward&) = delete;
