@@ -78,7 +78,7 @@ void add_common_options(CLI::App& app, Session& session) {
   Globals& globals = session.globals;
   const char* group = "Common options";
   app.add_option("--device", globals.device, "auto, cpu, cuda or cuda:INDEX")->type_name("DEVICE")->group(group);
-  app.add_option("--dtype", globals.dtype, "auto is bf16 where the processor has it, else fp32")
+  app.add_option("--dtype", globals.dtype, "auto is bf16 where that is faster, else fp32")
       ->type_name("auto|fp32|tf32|bf16|fp16")
       ->check(CLI::IsMember({"auto", "fp32", "tf32", "bf16", "fp16"}).description(""))
       ->group(group);

@@ -1,10 +1,11 @@
 #include "engine/cuda/cuda_engine.h"
 
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
+#include <vector>
 
 #include "base/error.h"
 #include "engine/cuda/device.h"
@@ -12,12 +13,17 @@
 namespace pyra::engine {
 namespace {
 
-/// A large copy by all threads: one alone does not keep up with the GPU.
+/// A large copy by a few threads: one alone does not keep up with the GPU. Not by LibTorch's, each of which spins for
+/// milliseconds after its part: with one copy a batch they take all cores from the threads that decode the next.
 void parallel_copy(void* to, const void* from, size_t bytes) {
-  constexpr int64_t kGrain = 1 << 20;
-  at::parallel_for(0, int64_t(bytes), kGrain, [&](int64_t begin, int64_t end) {
-    std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, size_t(end - begin));
-  });
+  constexpr size_t kPiece = size_t{4} << 20, kMostThreads = 4;
+  const size_t threads = std::clamp<size_t>(bytes / kPiece, 1, kMostThreads), share = bytes / threads;
+  const auto copy = [&](size_t begin, size_t end) {
+    std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, end - begin);
+  };
+  std::vector<std::jthread> others;
+  for (size_t i = 1; i < threads; ++i) others.emplace_back(copy, i * share, i + 1 == threads ? bytes : (i + 1) * share);
+  copy(0, threads == 1 ? bytes : share);
 }
 
 size_t bytes_of(const at::Tensor& images) {
@@ -35,8 +41,7 @@ CudaEngine::CudaEngine(const nn::Vit& model, const nn::Preprocess& preprocess, c
   int least = 0, priority = 0;
   PYRA_CUDA(cudaDeviceGetStreamPriorityRange(&least, &priority));
   for (Branch& branch : branches_) {
-    branch.forward =
-        std::make_unique<Forward>(model, device_model_, preprocess, options.exact_gelu, cache_, priority);
+    branch.forward = std::make_unique<Forward>(model, device_model_, preprocess, options.exact_gelu, cache_, priority);
     priority = std::min(priority + 1, least);
   }
   PYRA_CUDA(cudaStreamCreateWithFlags(&copy_, cudaStreamNonBlocking));
