@@ -105,7 +105,7 @@ struct TrainingImages {
 };
 
 /// On a GPU (Error(device) where it is not there or too small). `model` is in training mode and outlives the trainer;
-/// Error(usage) naming the tensor or the merger that only the CPU trains. Steps with a teacher are the CPU's alone.
+/// Error(usage) naming the tensor or the merger that only the CPU trains.
 [[nodiscard]] std::unique_ptr<Trainer> make_cuda_trainer(nn::Vit& model, const TrainingImages& images,
                                                          const nn::Preprocess& preprocess,
                                                          const TrainerOptions& options);

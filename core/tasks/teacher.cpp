@@ -35,8 +35,6 @@ Teacher::Teacher(const io::Recipe& recipe, const io::ModelFile& student, const s
     : model_(load_model(recipe.train.teacher, plugins)),
       augmented_(recipe.train.hflip || recipe.train.random_resized_crop) {
   const std::string where = cat("train.teacher '", recipe.train.teacher, "'");
-  if (device != "cpu")
-    fail(ExitCode::usage, where, ": only the CPU trains with a teacher in this version; --device cpu");
   check_pupil(model_.file, student, where, augmented_);
   engine_ = make_engine(model_, device, resolve_precision("auto", device));
 }

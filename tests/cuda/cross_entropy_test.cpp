@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 
 #include "base/error.h"
 #include "cuda/device.h"
@@ -24,7 +25,12 @@ struct Result {
   StepStatus status;
 };
 
-Result run(const at::Tensor& logits, const at::Tensor& labels) {
+struct Lesson {
+  at::Tensor teacher;
+  double weight = 0, temperature = 1;
+};
+
+Result run(const at::Tensor& logits, const at::Tensor& labels, const Lesson& lesson = {}) {
   const OnDevice device_logits(logits), device_labels(labels.to(at::kInt));
   const OnDevice d_logits(logits.sizes(), at::kFloat);
   const StepStatus before;
@@ -38,6 +44,12 @@ Result run(const at::Tensor& logits, const at::Tensor& labels) {
   call.status = status.get<StepStatus>();
   call.batch = int(logits.size(0));
   call.classes = int(logits.size(1));
+  std::optional<OnDevice> teacher;
+  if (lesson.teacher.defined()) {
+    call.teacher = teacher.emplace(lesson.teacher).get<float>();
+    call.teacher_weight = float(lesson.weight);
+    call.temperature = float(lesson.temperature);
+  }
   kernels::cuda::cross_entropy(call, nullptr);
   Result result{d_logits.cpu(), {}};
   bytes = status.cpu();
@@ -76,6 +88,25 @@ TEST_CASE("cuda cross-entropy equals autograd", "[cuda][cross_entropy][gpu]") {
   CHECK(got.status.images == 0);
   CHECK(got.status.loss_sum == 0);
   CHECK(got.status.stopped_at == -1);
+}
+
+TEST_CASE("a cuda loss with a teacher is Hinton's, and its gradient autograd's", "[cuda][cross_entropy][gpu]") {
+  PYRA_NEEDS_GPU();
+  const auto& shape = GENERATE(from_range(std::begin(kShapes), std::end(kShapes)));
+  const double weight = GENERATE(0.3, 1.0), t = GENERATE(0.5, 1.0, 4.0);
+  CAPTURE(shape.batch, shape.classes, weight, t);
+  const at::Tensor logits = seeded({shape.batch, shape.classes}, 1, 3.0), labels = labels_of(shape);
+  const at::Tensor teacher = seeded({shape.batch, shape.classes}, 2, 4.0);
+  at::Tensor wide = logits.to(at::kDouble).set_requires_grad(true);
+  const at::Tensor q = (teacher.to(at::kDouble) / t).log_softmax(1), p = (wide / t).log_softmax(1);
+  const at::Tensor divergence = (q.exp() * (q - p)).sum() * (t * t / double(shape.batch));
+  const at::Tensor loss = (1 - weight) * at::cross_entropy_loss(wide, labels) + weight * divergence;
+  const auto expected = gradients_of(loss, at::ones({}, at::kDouble), {wide});
+  const Result got = run(logits, labels, {teacher, weight, t});
+  CHECK(got.status.pending_loss == Approx(loss.item<double>()).epsilon(1e-5).margin(1e-6));
+  CHECK((got.d_logits.to(at::kDouble) - expected[0]).abs().max().item<double>() <
+        1e-5 * std::max(1e-2, expected[0].abs().max().item<double>()));
+  CHECK(got.status.pending_correct == (logits.argmax(1) == labels).sum().item<int64_t>());
 }
 
 TEST_CASE("of equal logits cuda cross-entropy takes the first", "[cuda][cross_entropy][gpu]") {

@@ -222,6 +222,29 @@ TEST_CASE("a GPU trains as the CPU does, dropout and drop-path included", "[gpu]
   }
 }
 
+TEST_CASE("a GPU learns from a teacher as the CPU does", "[gpu]") {
+  PYRA_NEEDS_GPU();
+  const data::StoredSet images = make_images(27);
+  const at::Tensor table = seeded({27, kClasses}, 9, 3.0);
+  const auto taught_on = [&](const std::string& device) {
+    LoopSettings settings = settings_on(device);
+    settings.distillation = {.weight = 0.7, .temperature = 3};
+    settings.teacher = [&](const engine::TrainStep& step) {
+      return table.index_select(0, at::tensor(step.indices, at::kLong));
+    };
+    return run(kMethods[0], images, settings);
+  };
+  const Run cpu = taught_on("cpu"), gpu = taught_on("cuda:0");
+  REQUIRE(cpu.epochs.size() == gpu.epochs.size());
+  for (size_t i = 0; i < cpu.epochs.size(); ++i) {
+    CAPTURE(i);
+    CHECK(gpu.epochs[i].loss == Approx(cpu.epochs[i].loss).epsilon(1e-4));
+    CHECK(gpu.epochs[i].gradient_norm == Approx(cpu.epochs[i].gradient_norm).epsilon(1e-3));
+  }
+  std::string worst;
+  CHECK(relative_difference(gpu.state, cpu.state, "value.", worst) < 3e-3);
+}
+
 TEST_CASE("bf16 on a GPU stays near fp32", "[gpu]") {
   PYRA_NEEDS_GPU();
   const data::StoredSet images = make_images(24);

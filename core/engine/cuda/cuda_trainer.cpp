@@ -129,7 +129,9 @@ TrainBatch CudaTrainer::batch() const {
           .is_float = augmented_,
           .labels = reinterpret_cast<const int32_t*>(inputs + layout_.labels),
           .branch_scale = options_.drop_path > 0 ? reinterpret_cast<const float*>(inputs + layout_.scales) : nullptr,
-          .status = status_.get<cuda::StepStatus>()};
+          .status = status_.get<cuda::StepStatus>(),
+          .teacher = teacher_.get<float>(),
+          .distillation = options_.distillation};
 }
 
 void CudaTrainer::write_inputs(const TrainStep& step, char* to) const {
@@ -167,6 +169,21 @@ void CudaTrainer::stage_images(const TrainStep& step, Slot& slot) {
   PYRA_CUDA(cudaStreamWaitEvent(stream(), slot.copied, 0));
   PYRA_CUDA(cudaMemcpyAsync(batch_images_.get(), slot.device_images.get(), slot.images.bytes(),
                             cudaMemcpyDeviceToDevice, stream()));
+}
+
+void CudaTrainer::make_room_for_teacher() {
+  const size_t bytes = size_t(batch_) * size_t(vit_.config().num_classes) * sizeof(float);
+  teacher_ = DeviceMemory(bytes);
+  for (Slot& slot : slots_) slot.teacher = PinnedMemory(bytes);
+}
+
+void CudaTrainer::send_teacher(const TrainStep& step, Slot& slot) {
+  const size_t bytes = step.teacher.defined() ? step.teacher.nbytes() : 0;
+  if (bytes != teacher_.bytes() || (bytes > 0 && step.teacher.scalar_type() != at::kFloat))
+    fail(ExitCode::internal, "trainer: a teacher's logits take ", bytes, " bytes, planned for ", teacher_.bytes());
+  if (bytes == 0) return;
+  std::memcpy(slot.teacher.get(), step.teacher.contiguous().const_data_ptr(), bytes);
+  PYRA_CUDA(cudaMemcpyAsync(teacher_.get(), slot.teacher.get(), bytes, cudaMemcpyHostToDevice, stream()));
 }
 
 void CudaTrainer::enqueue_step() {
@@ -226,10 +243,12 @@ void CudaTrainer::step(const TrainStep& step) {
   if (first) {
     augmented_ = step.images.defined();
     place_images();
+    if (step.teacher.defined()) make_room_for_teacher();
   }
   PYRA_CUDA(cudaEventSynchronize(slot.read));
   write_inputs(step, slot.inputs.get<char>());
   PYRA_CUDA(cudaMemcpyAsync(inputs_.get(), slot.inputs.get(), layout_.total, cudaMemcpyHostToDevice, stream()));
+  send_teacher(step, slot);
   if (set_.bytes() == 0) stage_images(step, slot);
   PYRA_CUDA(cudaEventRecord(slot.read, stream()));
   if (first) capture();
@@ -276,7 +295,8 @@ void CudaTrainer::take_over() {
 }
 
 int64_t CudaTrainer::device_bytes() const {
-  size_t total = model_->bytes() + runner_->bytes() + inputs_.bytes() + set_.bytes() + batch_images_.bytes();
+  size_t total =
+      model_->bytes() + runner_->bytes() + inputs_.bytes() + set_.bytes() + batch_images_.bytes() + teacher_.bytes();
   for (const Slot& slot : slots_) total += slot.device_images.bytes();
   return int64_t(total);
 }

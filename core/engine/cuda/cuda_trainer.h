@@ -21,9 +21,9 @@ class CudaTrainer final : public Trainer {
   [[nodiscard]] int64_t device_bytes() const override;
 
  private:
-  /// A step's numbers on their way to the device, and its images where the set is not there.
+  /// A step's numbers on their way to the device, a teacher's logits, and its images where the set is not there.
   struct Slot {
-    PinnedMemory inputs, images;
+    PinnedMemory inputs, images, teacher;
     DeviceMemory device_images;
     cudaEvent_t read = nullptr;    ///< the device has taken the images
     cudaEvent_t copied = nullptr;  ///< they are on the device
@@ -37,6 +37,8 @@ class CudaTrainer final : public Trainer {
   void upload_set();
   void write_inputs(const TrainStep& step, char* to) const;
   void stage_images(const TrainStep& step, Slot& slot);
+  void make_room_for_teacher();
+  void send_teacher(const TrainStep& step, Slot& slot);
   void enqueue_step();
   void optimise();
   void capture();
@@ -60,6 +62,7 @@ class CudaTrainer final : public Trainer {
   DeviceMemory segments_;
   DeviceMemory set_;           ///< all images, where they fit
   DeviceMemory batch_images_;  ///< of the step
+  DeviceMemory teacher_;       ///< [B,classes] of the step; empty where nobody teaches, known at the first step
   cudaStream_t copy_ = nullptr;
   cudaGraphExec_t graph_ = nullptr;
   std::array<Slot, 8> slots_;

@@ -366,7 +366,10 @@ void TrainStepRunner::head(const TrainBatch& batch) {
                        .d_logits = memory_.d_logits.get<float>(),
                        .status = batch.status,
                        .batch = memory_.batch,
-                       .classes = int(config.num_classes)},
+                       .classes = int(config.num_classes),
+                       .teacher = batch.teacher,
+                       .teacher_weight = float(batch.distillation.weight),
+                       .temperature = float(batch.distillation.temperature)},
                       main_);
 }
 

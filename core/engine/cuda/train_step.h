@@ -51,6 +51,8 @@ struct TrainBatch {
   const int32_t* labels = nullptr;      ///< [B]
   const float* branch_scale = nullptr;  ///< [depth,2,B], drop-path's factor; null: none is dropped
   kernels::cuda::StepStatus* status = nullptr;
+  const float* teacher = nullptr;  ///< [B,classes], or null
+  Distillation distillation{};     ///< how much it counts
 };
 
 class TrainStepRunner {

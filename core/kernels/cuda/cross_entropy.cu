@@ -1,4 +1,4 @@
-// Mean cross-entropy, its gradient, and the gradients of the head's weight and bias.
+// Mean cross-entropy, a teacher's divergence, their gradient, and the gradients of the head's weight and bias.
 //
 // cross_entropy: one block; a warp owns every 32nd image, so the mean is added up in one fixed order. The logits of a
 // step are a few hundred KB at most.
@@ -22,28 +22,56 @@ struct Best {
   }
 };
 
+/// The largest of a row, and where; by a warp.
+__device__ __forceinline__ Best best_of(const float* row, int classes, int lane) {
+  Best best{-INFINITY, classes};
+  for (int k = lane; k < classes; k += kWarp) best.take(row[k], k);
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    best.take(__shfl_xor_sync(kAllLanes, best.value, offset), __shfl_xor_sync(kAllLanes, best.index, offset));
+  return best;
+}
+
+/// log sum exp((row - best) scale)
+__device__ __forceinline__ float log_sum(const float* row, float best, float scale, int classes, int lane) {
+  float sum = 0;
+  for (int k = lane; k < classes; k += kWarp) sum += expf((row[k] - best) * scale);
+  return logf(warp_sum(sum));
+}
+
+/// weight T² KL(teacher, student) of an image; its gradient is added to what `gradient` holds, times `share`.
+__device__ __forceinline__ double teach(const CrossEntropyCall& call, const float* logits, const float* teacher,
+                                        float best, float share, float* gradient, int lane) {
+  const float soft = 1.0f / call.temperature, top = best_of(teacher, call.classes, lane).value;
+  const float own = log_sum(logits, best, soft, call.classes, lane),
+              given = log_sum(teacher, top, soft, call.classes, lane);
+  float divergence = 0;
+  for (int k = lane; k < call.classes; k += kWarp) {
+    const float p = (logits[k] - best) * soft - own, q = (teacher[k] - top) * soft - given, wanted = expf(q);
+    divergence = fmaf(wanted, q - p, divergence);
+    gradient[k] += call.teacher_weight * call.temperature * share * (expf(p) - wanted);
+  }
+  return double(call.teacher_weight * call.temperature * call.temperature) * double(warp_sum(divergence));
+}
+
 __global__ void __launch_bounds__(kWarps* kWarp) loss_kernel(const CrossEntropyCall call) {
   __shared__ double losses[kWarps];
   __shared__ int hits[kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const float share = 1.0f / float(call.batch), from_labels = call.teacher ? 1.0f - call.teacher_weight : 1.0f;
   double loss = 0;
   int correct = 0;
   for (int image = warp; image < call.batch; image += kWarps) {
     const float* logits = call.logits + int64_t(image) * call.classes;
     float* gradient = call.d_logits + int64_t(image) * call.classes;
     const int label = call.labels[image];
-    Best best{-INFINITY, call.classes};
-    for (int k = lane; k < call.classes; k += kWarp) best.take(logits[k], k);
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2)
-      best.take(__shfl_xor_sync(kAllLanes, best.value, offset), __shfl_xor_sync(kAllLanes, best.index, offset));
-    float sum = 0;
-    for (int k = lane; k < call.classes; k += kWarp) sum += expf(logits[k] - best.value);
-    sum = warp_sum(sum);
-    const float log_sum = logf(sum), share = 1.0f / float(call.batch);
+    const Best best = best_of(logits, call.classes, lane);
+    const float scale = log_sum(logits, best.value, 1.0f, call.classes, lane);
     for (int k = lane; k < call.classes; k += kWarp)
-      gradient[k] = (expf(logits[k] - best.value - log_sum) - (k == label ? 1.0f : 0.0f)) * share;
-    loss += double(log_sum) - (double(logits[label]) - double(best.value));
+      gradient[k] = (expf(logits[k] - best.value - scale) - (k == label ? 1.0f : 0.0f)) * share * from_labels;
+    loss += double(from_labels) * (double(scale) - (double(logits[label]) - double(best.value)));
+    if (call.teacher)
+      loss += teach(call, logits, call.teacher + int64_t(image) * call.classes, best.value, share, gradient, lane);
     correct += best.index == label ? 1 : 0;
   }
   if (lane == 0) losses[warp] = loss, hits[warp] = correct;
@@ -78,6 +106,9 @@ __global__ void __launch_bounds__(kHeadThreads) head_kernel(const HeadGradientCa
 void cross_entropy(const CrossEntropyCall& call, cudaStream_t stream) {
   if (!call.logits || !call.labels || !call.d_logits || !call.status || call.batch < 1 || call.classes < 1)
     fail(ExitCode::usage, "cross_entropy: ", call.batch, " images, ", call.classes, " classes, or a pointer is null");
+  if (call.teacher && !(call.teacher_weight >= 0 && call.teacher_weight <= 1 && call.temperature > 0))
+    fail(ExitCode::usage, "cross_entropy: a teacher's weight of ", call.teacher_weight, " at a temperature of ",
+         call.temperature);
   loss_kernel<<<1, kWarps * kWarp, 0, stream>>>(call);
   PYRA_CUDA_LAUNCHED();
 }

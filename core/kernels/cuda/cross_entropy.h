@@ -1,4 +1,4 @@
-// The loss of a training step and the gradients of the head's own tensors, in fp32.
+// The loss of a training step, with or without a teacher, and the gradients of the head's own tensors, in fp32.
 #pragma once
 #include "kernels/cuda/adamw.h"
 
@@ -11,6 +11,10 @@ struct CrossEntropyCall {
   StepStatus* status = nullptr;     ///< pending_loss: the mean; pending_correct: rows whose largest logit (the first of
                                     ///< equals) is the label's
   int batch = 0, classes = 0;
+  /// With a teacher's logits [batch,classes] the loss is (1 - weight) cross-entropy + weight T² KL(teacher, student),
+  /// both softened by the temperature T (Hinton et al., arXiv 1503.02531), and d_logits its gradient.
+  const float* teacher = nullptr;
+  float teacher_weight = 0, temperature = 1;
 };
 void cross_entropy(const CrossEntropyCall& call, cudaStream_t stream);
 
