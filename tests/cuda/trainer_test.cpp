@@ -5,6 +5,7 @@
 #include "cuda/device.h"
 #include "goldens.h"
 #include "io/io_support.h"
+#include "kernels/tensors.h"
 #include "support.h"
 #include "tensor_maps.h"
 #include "train/loop.h"
