@@ -13,7 +13,7 @@ namespace {
 struct FinetuneCommand {
   std::filesystem::path recipe, model, data, out;
   std::string bad_images = "fail";
-  bool resume = false, dry_run = false, new_head = false;
+  bool resume = false, dry_run = false, new_head = false, deterministic = false;
 };
 
 /// The recipe: a file, --set, then the options that have names of their own. A run that goes on without --recipe
@@ -32,6 +32,7 @@ io::Recipe read_recipe(const FinetuneCommand& o, const Globals& globals) {
   if (!o.data.empty()) recipe.data = o.data;
   if (!o.out.empty()) recipe.out = o.out;
   if (o.new_head) recipe.new_head = true;
+  if (o.deterministic) recipe.deterministic = true;
   if (globals.dtype != "auto") recipe.dtype = globals.dtype;
   return recipe;
 }
@@ -108,6 +109,8 @@ void add_finetune(CLI::App& root, Session& session) {
       ->check(CLI::IsMember({"fail", "skip"}).description(""))
       ->capture_default_str();
   command->add_flag("--new-head", options->new_head, "Train a new head even where the model's would fit");
+  command->add_flag("--deterministic", options->deterministic,
+                    "On a GPU: bit-equal on every machine of its kind, not only with the same cache (slower)");
   command->add_flag("--resume", options->resume, "Go on with the run in --out from its last checkpoint");
   command->add_flag("--dry-run", options->dry_run, "Open and check everything, do one step, leave nothing written");
   command->footer(R"(

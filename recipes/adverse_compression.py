@@ -26,8 +26,7 @@ def kept(file, make):
 def find_schedules(options, large):
     """{label: schedule}, the same for both mergers."""
     if options.schedules:
-        named_or_not = [part.split("=", 1) for part in options.schedules.split(";")]
-        return {part[0]: part[-1] for part in named_or_not}
+        return options.schedules
     found = {}
     data = next(iter(options.data.values()))
     for speedup in options.speedups.split(","):
@@ -167,6 +166,15 @@ def svg(found, speeds, large, small):
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
+def named_schedules(text):
+    """"low;deep=60,45,28,…" as {name: schedule}; one without a name is its own."""
+    parts = [part.split("=", 1) for part in text.split(";")]
+    names = [part[0] for part in parts]
+    if len(set(names)) < len(names) or any(not name or "/" in name for name in names):
+        raise argparse.ArgumentTypeError(f"{text}: a name is missing, stands twice or holds a /")
+    return {part[0]: part[-1] for part in parts}
+
+
 def one_model(text):
     models = named(text)
     if len(models) != 1:
@@ -181,7 +189,7 @@ def main():
     parser.add_argument("--data", type=named, required=True, metavar="TASK,…")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--speedups", default="1.3,1.6,2,2.5,3.2,4")
-    parser.add_argument("--schedules", metavar="S;S;…", help="instead: low;high;8;NAME=2,4,8,8,8,8,…")
+    parser.add_argument("--schedules", type=named_schedules, metavar="S;S;…", help="instead: low;high;8;NAME=2,4,8,8,8,8,…")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--batch", type=int, default=128, help="images at once where speed is measured")
     parser.add_argument("--repetitions", type=int, help="of bench; default: until the noise is below 1 %%")

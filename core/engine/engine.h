@@ -26,6 +26,9 @@ struct EngineOptions {
   /// CUDA, bf16 and fp16: GELU by erf in a pass of its own, instead of the tanh form inside the matrix product. fp32
   /// and tf32 are always exact, and so is the CPU.
   bool exact_gelu = false;
+  /// CUDA: matrix products take cuBLASLt's first algorithm instead of the one that was timed fastest, so that a result
+  /// is bit-equal wherever GPU, driver and libraries are the same. Without it, it is so with the same cache of choices.
+  bool deterministic = false;
 };
 
 /// What one kind of step takes of a forward pass.

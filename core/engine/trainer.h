@@ -46,7 +46,8 @@ struct TrainerOptions {
   AdamWSettings adamw{};
   double drop_path = 0;  ///< of the last block; rises linearly from 0
   uint64_t seed = 0;
-  int64_t batch = 32;  ///< images of every step
+  int64_t batch = 32;          ///< images of every step
+  bool deterministic = false;  ///< as EngineOptions::deterministic
   Distillation distillation{};
 };
 

@@ -77,6 +77,7 @@ const Keys& recipe_keys() {
          r.dtype = v.choice({"auto", "fp32", "tf32", "bf16"});
        }},
       {"new_head", [](Recipe& r, const TomlValue& v) { r.new_head = v.boolean(); }},
+      {"deterministic", [](Recipe& r, const TomlValue& v) { r.deterministic = v.boolean(); }},
       {"train.epochs", [](Recipe& r, const TomlValue& v) { r.train.epochs = v.integer(1, kMaxEpochs); }},
       {"train.max_seconds", [](Recipe& r, const TomlValue& v) { r.train.max_seconds = not_negative(v); }},
       {"train.batch", [](Recipe& r, const TomlValue& v) { r.train.batch = v.integer(1, kMaxBatch); }},

@@ -52,6 +52,7 @@ struct Recipe {
   std::string protocol = "vtab";  ///< "vtab" or "paper"
   std::string dtype;              ///< empty: fp32 on the CPU, bf16 on a GPU
   bool new_head = false;
+  bool deterministic = false;  ///< on a GPU: nothing is chosen by timing
   TrainSettings train;
   PluginChoice peft{.name = "lora", .parameters = {}};
   PluginChoice merge;

@@ -82,6 +82,7 @@ std::string to_toml(const Recipe& recipe) {
   out.add("protocol", recipe.protocol);
   if (!recipe.dtype.empty()) out.add("dtype", recipe.dtype);
   out.add("new_head", recipe.new_head);
+  if (recipe.deterministic) out.add("deterministic", true);
   add_train(out, recipe.train);
   out.table("peft");
   out.add("name", recipe.peft.name);

@@ -12,7 +12,9 @@ namespace {
 
 constexpr std::array<const char*, 4> kNames{"aten", "avx2", "avx512", "avx512-bf16"};
 
-CpuKernel most_of_this_cpu() {
+}  // namespace
+
+CpuKernel most_capable_cpu_kernel() {
 #if defined(PYRA_SIMD_X86)
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return CpuKernel::aten;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -25,8 +27,11 @@ CpuKernel most_of_this_cpu() {
 #endif
 }
 
+namespace {
+
 /// Intel's cores take four times as long for a dot product of bf16 pairs as for an FMA of fp32, so half the rate (0.76
-/// and 0.19 ns on a Xeon, 2026-11-28: a dense ViT-Ti ran at 43 images/s by the one and 73 by the other); AMD's as long.
+/// and 0.19 ns on one Xeon, 2026-11-28: a dense ViT-Ti ran at 43 images/s by the one and 73 by the other); AMD's as
+/// long.
 CpuKernel fastest_of_this_cpu(CpuKernel most) {
 #if defined(PYRA_SIMD_X86)
   if (most == CpuKernel::avx512_bf16 && __builtin_cpu_is("intel")) return CpuKernel::avx512;
@@ -35,13 +40,13 @@ CpuKernel fastest_of_this_cpu(CpuKernel most) {
 }
 
 CpuKernel decide() {
-  const CpuKernel best = most_of_this_cpu();
+  const CpuKernel most = most_capable_cpu_kernel();
   const char* wish = std::getenv("PYRA_CPU_KERNEL");
-  if (wish == nullptr || *wish == '\0') return fastest_of_this_cpu(best);
+  if (wish == nullptr || *wish == '\0') return fastest_of_this_cpu(most);
   for (size_t i = 0; i < kNames.size(); ++i) {
     if (std::string_view(wish) != kNames[i]) continue;
-    if (CpuKernel(i) > best) {
-      fail(ExitCode::device, "PYRA_CPU_KERNEL=", wish, ": this CPU has only '", kNames[size_t(best)],
+    if (CpuKernel(i) > most) {
+      fail(ExitCode::device, "PYRA_CPU_KERNEL=", wish, ": this CPU has only '", kNames[size_t(most)],
            "'; unset the variable or name that");
     }
     return CpuKernel(i);

@@ -12,9 +12,12 @@ enum class CpuKernel {
   avx512_bf16,  ///< and AVX512_BF16: dot products of bf16 pairs
 };
 
-/// The fastest path this CPU has (Intel's bf16 dot products are no gain), or one that it has named by the environment variable PYRA_CPU_KERNEL
-/// ("aten", "avx2", "avx512", "avx512-bf16"). Decided once per process. Throws Error(device) when the variable names
-/// a path this CPU lacks, Error(usage) when it names none.
+/// The fastest path this CPU has (of Intel's not avx512_bf16, whose dot products are no gain there), or one that it has
+/// named by the environment variable PYRA_CPU_KERNEL ("aten", "avx2", "avx512", "avx512-bf16"). Decided once per
+/// process. Throws Error(device) when the variable names a path this CPU lacks, Error(usage) when it names none.
 [[nodiscard]] CpuKernel cpu_kernel();
+
+/// The last path this CPU has, fast or not.
+[[nodiscard]] CpuKernel most_capable_cpu_kernel();
 
 }  // namespace pyra::kernels

@@ -141,15 +141,16 @@ engine::Precision resolve_precision(const std::string& dtype, const std::string&
 }
 
 std::unique_ptr<engine::Engine> make_engine(const Model& model, const std::string& device, engine::Precision precision,
-                                            bool exact_gelu) {
-  return engine::make_engine(*model.vit, model.file.preprocess,
-                             {.device = device, .precision = precision, .exact_gelu = exact_gelu});
+                                            bool exact_gelu, bool deterministic) {
+  return engine::make_engine(
+      *model.vit, model.file.preprocess,
+      {.device = device, .precision = precision, .exact_gelu = exact_gelu, .deterministic = deterministic});
 }
 
 at::ScalarType compute_dtype(const std::string& dtype) {
   if (dtype == "fp32") return at::kFloat;
   if (dtype == "bf16") return at::kBFloat16;
-  // Without bf16 instructions the conversions cost more than the halved traffic saves.
+  // Where the kernels do not multiply in bf16, the conversions cost more than the halved traffic saves.
   if (dtype == "auto")
     return std::string_view(kernels::cpu_micro_kernel()) == "avx512-bf16" ? at::kBFloat16 : at::kFloat;
   if (dtype == "tf32" || dtype == "fp16")

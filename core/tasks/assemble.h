@@ -50,13 +50,15 @@ void attach_peft(Model& model, const host::PluginRegistry& plugins, const io::Pl
 /// "auto" | "cpu" | "cuda[:i]" -> "cpu" or "cuda:i"; auto is the first GPU where one answers that is new enough. A GPU
 /// asked for that is not there is Error(device) that says why, another word Error(usage).
 [[nodiscard]] std::string resolve_device(const std::string& device);
-/// "auto" -> bf16 where the device is faster in it, else fp32; Error(usage) for a dtype it does not do. `device` as resolved.
+/// "auto" -> bf16 where the device is faster in it, else fp32; Error(usage) for a dtype it does not do. `device` as
+/// resolved.
 [[nodiscard]] engine::Precision resolve_precision(const std::string& dtype, const std::string& device);
 /// The same on the CPU, for training.
 [[nodiscard]] at::ScalarType compute_dtype(const std::string& dtype);
 /// What runs the model on a resolved device; keeps a reference to it.
 [[nodiscard]] std::unique_ptr<engine::Engine> make_engine(const Model& model, const std::string& device,
-                                                          engine::Precision precision, bool exact_gelu = false);
+                                                          engine::Precision precision, bool exact_gelu = false,
+                                                          bool deterministic = false);
 [[nodiscard]] std::string dtype_name(at::ScalarType dtype);  ///< "fp32", "bf16"
 
 }  // namespace pyra::tasks

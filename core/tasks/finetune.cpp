@@ -258,7 +258,7 @@ void Finetune::run_training(const Training& training, const train::Checkpoint* c
   progress_.end();
   loop.settle();
   last_position_ = loop.position();
-  device_bytes_ = loop.device_bytes();
+  device_bytes_ = loop.device_bytes() + (teacher_ ? teacher_->device_bytes() : 0);
   if (training.keep_best) {
     for (auto& [name, tensor] : live_) tensor.detach().copy_(best_.find(name)->second);
     model_.vit->weights_changed();
@@ -325,7 +325,7 @@ std::optional<Evaluation> Finetune::measure(const std::string& split) {
   const data::StoredSet& set = images(split);
   const int64_t total = set.labels.size(0);
   if (total == 0) fail(ExitCode::input, recipe_.data.string(), ": split '", split, "' has no image to evaluate");
-  const auto engine = make_engine(model_, device_, precision_of(recipe_, device_));
+  const auto engine = make_engine(model_, device_, precision_of(recipe_, device_), false, recipe_.deterministic);
   Evaluation seen{.images = total};
   const auto start = Clock::now();
   for (int64_t first = 0; first < total; first += kEvalBatch) {
@@ -448,7 +448,7 @@ DryRunReport Finetune::dry_run() {
   (void)loop.step();
   loop.settle();
   r.step_seconds = loop.position().seconds;
-  r.device_memory_bytes = loop.device_bytes();
+  r.device_memory_bytes = loop.device_bytes() + (teacher_ ? teacher_->device_bytes() : 0);
   r.estimated_seconds = double(r.steps) * r.step_seconds;
   if (const double limit = recipe_.train.max_seconds * double(plan_.size()); limit > 0) {
     r.estimated_seconds = std::min(r.estimated_seconds, limit);

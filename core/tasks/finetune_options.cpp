@@ -94,6 +94,7 @@ train::LoopSettings loop_settings(const io::Recipe& recipe, const std::string& d
           .seed = uint64_t(recipe.seed),
           .device = device,
           .precision = precision_of(recipe, device),
+          .deterministic = recipe.deterministic,
           .distillation = {.weight = t.teacher_weight, .temperature = t.teacher_temperature}};
 }
 

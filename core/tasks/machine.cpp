@@ -119,7 +119,7 @@ std::string gpu_text() {
   for (const engine::CudaDevice& gpu : cuda.devices())
     names.push_back(cat(gpu.name, " (compute capability ", gpu.major, ".", gpu.minor, ", ", gpu.free_bytes >> 20,
                         " of ", gpu.memory_bytes >> 20, " MB free)"));
-  return cat(join(names), ": inference runs there, training on the CPU");
+  return cat(join(names), ": inference and training run there");
 }
 
 int default_threads() {

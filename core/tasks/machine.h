@@ -14,12 +14,12 @@ struct Machine {
   double cpu_quota = 0;          ///< processors that the control group allows; 0: no limit
   std::vector<std::string> isa;  ///< of "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"; those the kernels may use
   std::string micro_kernel;      ///< kernels::cpu_micro_kernel()
-  bool bf16 = false;             ///< hardware dot products in bf16: what --dtype auto asks for
+  bool bf16 = false;             ///< faster than fp32 here: what --dtype auto asks for
   int threads = 0;               ///< in use now
   uint64_t memory_bytes = 0;     ///< of the machine or its control group, whichever is less
   uint64_t memory_available_bytes = 0;
   std::string nvidia_driver;  ///< its version, or "" where no driver answers
-  std::string gpu;            ///< the GPUs that inference can use, or why there is none
+  std::string gpu;            ///< the GPUs that can be used, or why there is none
 };
 
 [[nodiscard]] Machine describe_machine();

@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 
 #include "base/error.h"
+#include "tasks/finetune_options.h"
 #include "tasks/run_model.h"
 #include "tasks/tuned_model.h"
 
@@ -36,7 +37,10 @@ Teacher::Teacher(const io::Recipe& recipe, const io::ModelFile& student, const s
       augmented_(recipe.train.hflip || recipe.train.random_resized_crop) {
   const std::string where = cat("train.teacher '", recipe.train.teacher, "'");
   check_pupil(model_.file, student, where, augmented_);
-  engine_ = make_engine(model_, device, resolve_precision("auto", device));
+  engine_ = make_engine(model_, device, precision_of(recipe, device), false, recipe.deterministic);
+  // Its memory is taken before the student's is planned.
+  const int64_t size = model_.file.preprocess.size;
+  if (device != "cpu" && augmented_) (void)engine_->run(at::zeros({kLookBatch, 3, size, size}));
 }
 
 Teacher::~Teacher() = default;
@@ -58,6 +62,10 @@ std::function<at::Tensor(const engine::TrainStep&)> Teacher::over(const data::St
   return [table = at::cat(pieces)](const engine::TrainStep& step) {
     return table.index_select(0, at::tensor(step.indices, at::kLong));
   };
+}
+
+int64_t Teacher::device_bytes() const {
+  return engine_->device_bytes(kLookBatch);
 }
 
 std::string Teacher::identity() const {

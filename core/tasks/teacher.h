@@ -14,7 +14,7 @@ namespace pyra::tasks {
 class Teacher {
  public:
   /// Reads recipe.train.teacher, any model file. Error(usage) where it cannot teach `student`: other classes or image
-  /// size, another normalisation where images are augmented, a device that only trains without one (a GPU).
+  /// size, another normalisation where images are augmented. It computes in the recipe's dtype.
   Teacher(const io::Recipe& recipe, const io::ModelFile& student, const std::string& device,
           const host::PluginRegistry& plugins);
   ~Teacher();
@@ -23,6 +23,8 @@ class Teacher {
   /// looked at once, before the first step.
   [[nodiscard]] std::function<at::Tensor(const engine::TrainStep&)> over(const data::StoredSet& set);
 
+  /// What it takes on a GPU; 0 on the CPU.
+  [[nodiscard]] int64_t device_bytes() const;
   /// Tells whether two teachers are the same.
   [[nodiscard]] std::string identity() const;
 

@@ -32,6 +32,7 @@ std::unique_ptr<engine::Trainer> make_trainer(nn::Vit& model, const data::Stored
                                        .drop_path = settings.drop_path,
                                        .seed = settings.seed,
                                        .batch = std::min(settings.batch, count),
+                                       .deterministic = settings.deterministic,
                                        .distillation = settings.distillation};
   if (settings.device != "cpu") return engine::make_cuda_trainer(model, set, preprocess, options);
   return std::make_unique<CpuTrainer>(model, set, preprocess, options);

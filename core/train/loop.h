@@ -29,6 +29,7 @@ struct LoopSettings {
   uint64_t seed = 0;
   std::string device = "cpu";  ///< "cpu" or "cuda:INDEX"
   engine::Precision precision = engine::Precision::fp32;
+  bool deterministic = false;  ///< engine::TrainerOptions's
   engine::Distillation distillation{};
   /// A teacher's logits for a step's images (of TrainStep::indices, or TrainStep::images where those are there).
   std::function<at::Tensor(const engine::TrainStep&)> teacher{};

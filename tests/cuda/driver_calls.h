@@ -3,6 +3,7 @@
 #pragma once
 #include <cupti.h>
 
+#include <initializer_list>
 #include <map>
 #include <mutex>
 #include <stdexcept>

@@ -92,6 +92,7 @@ Recipe random_recipe(uint64_t seed) {
   recipe.protocol = draw.coin() ? "vtab" : "paper";
   recipe.dtype = draw.coin() ? "fp32" : "bf16";
   recipe.new_head = draw.coin();
+  recipe.deterministic = draw.coin();
   recipe.train = {.epochs = int64_t(1 + draw.below(1000)),
                   .max_seconds = draw.number(),
                   .batch = int64_t(1 + draw.below(65536)),
@@ -141,6 +142,7 @@ seed = 7
 protocol = "paper"
 dtype = "bf16"
 new_head = true
+deterministic = true
 [train]
 epochs = 5
 max_seconds = 60
@@ -179,6 +181,7 @@ std = [0.25, 0.5, 1]
   CHECK(recipe.protocol == "paper");
   CHECK(recipe.dtype == "bf16");
   CHECK(recipe.new_head);
+  CHECK(recipe.deterministic);
   const TrainSettings train{.epochs = 5,
                             .max_seconds = 60,
                             .batch = 64,

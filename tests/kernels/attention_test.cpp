@@ -121,7 +121,7 @@ TEST_CASE("attention refuses shapes that do not fit", "[kernels][attention]") {
 }
 
 TEST_CASE("attention's lower paths pass the same tests", "[kernels][attention][rerun]") {
-  for (const std::string& kernel : lower_kernels()) {
+  for (const std::string& kernel : other_kernels()) {
     const RunResult result = rerun_with_kernel(kernel, "[attention]");
     INFO(kernel << "\n" << result.out << result.err);
     CHECK(result.exit_code == 0);

@@ -288,7 +288,7 @@ TEST_CASE("a dropout mask is the documented function of Philox", "[kernels][line
 }
 
 TEST_CASE("linear's lower paths pass the same tests", "[kernels][linear][rerun]") {
-  for (const std::string& kernel : lower_kernels()) {
+  for (const std::string& kernel : other_kernels()) {
     const RunResult result = rerun_with_kernel(kernel, "[linear]");
     INFO(kernel << "\n" << result.out << result.err);
     CHECK(result.exit_code == 0);

@@ -47,10 +47,13 @@ inline void with_threads(int threads, const std::function<void()>& body) {
   return torch::autograd::grad({output}, inputs, {cotangent});
 }
 
-/// The paths below the one that this process takes, as PYRA_CPU_KERNEL names them.
-[[nodiscard]] inline std::vector<std::string> lower_kernels() {
-  const std::vector<std::string> rising{"aten", "avx2", "avx512"};
-  return {rising.begin(), rising.begin() + std::min<long>(long(kernels::cpu_kernel()), long(rising.size()))};
+/// The paths that this CPU has beside the one that this process takes, as PYRA_CPU_KERNEL names them.
+[[nodiscard]] inline std::vector<std::string> other_kernels() {
+  const std::vector<std::string> rising{"aten", "avx2", "avx512", "avx512-bf16"};
+  std::vector<std::string> others;
+  for (size_t i = 0; i <= size_t(kernels::most_capable_cpu_kernel()); ++i)
+    if (i != size_t(kernels::cpu_kernel())) others.push_back(rising[i]);
+  return others;
 }
 
 /// Runs this test program's cases of `tag` again with PYRA_CPU_KERNEL=`kernel`; what it did.

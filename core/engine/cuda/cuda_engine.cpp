@@ -1,6 +1,7 @@
 #include "engine/cuda/cuda_engine.h"
 
 #include <ATen/Functions.h>
+#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstring>
@@ -17,7 +18,8 @@ namespace {
 /// milliseconds after its part: with one copy a batch they take all cores from the threads that decode the next.
 void parallel_copy(void* to, const void* from, size_t bytes) {
   constexpr size_t kPiece = size_t{4} << 20, kMostThreads = 4;
-  const size_t threads = std::clamp<size_t>(bytes / kPiece, 1, kMostThreads), share = bytes / threads;
+  const size_t most = std::min(kMostThreads, size_t(at::get_num_threads()));
+  const size_t threads = std::clamp<size_t>(bytes / kPiece, 1, most), share = bytes / threads;
   const auto copy = [&](size_t begin, size_t end) {
     std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, end - begin);
   };
@@ -35,7 +37,7 @@ size_t bytes_of(const at::Tensor& images) {
 CudaEngine::CudaEngine(const nn::Vit& model, const nn::Preprocess& preprocess, const EngineOptions& options, int device)
     : device_(set_device(device)),
       device_model_(model, types_of(options.precision)),
-      cache_(kernels::cuda::GemmCache::shared(kernels::cuda::GemmCache::default_file(), gemm_version(device))) {
+      cache_(gemm_cache(device, options.deterministic)) {
   // One half before the other, not both in step: the kernels of one that wait for memory then run beside the other's
   // matrix products. A graph's kernels keep the priority of the stream that they were captured from.
   int least = 0, priority = 0;
@@ -140,7 +142,7 @@ cudaGraphExec_t CudaEngine::graph_for(int batch) {
   enqueue(batch);
   PYRA_CUDA(cudaStreamSynchronize(stream()));
   check_host_plans();
-  cache_->save();
+  if (cache_) cache_->save();
 
   cudaGraph_t graph = nullptr;
   PYRA_CUDA(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal));

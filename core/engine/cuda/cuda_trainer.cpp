@@ -55,7 +55,7 @@ CudaTrainer::CudaTrainer(nn::Vit& model, const TrainingImages& images, const nn:
   host_status_ = PinnedMemory(sizeof(cuda::StepStatus));
   model_ = std::make_unique<TrainModel>(model, tensors_, options_, &inputs_.get<cuda::StepInputs>()->step);
   check_room();
-  cache_ = cuda::GemmCache::shared(cuda::GemmCache::default_file(), gemm_version(device_));
+  cache_ = gemm_cache(device_, options_.deterministic);
   runner_ = std::make_unique<TrainStepRunner>(*model_, preprocess, batch_, cache_);
   const std::vector<cuda::Segment>& segments = model_->segments;
   segments_ = DeviceMemory(segments.size() * sizeof(cuda::Segment));
@@ -178,12 +178,16 @@ void CudaTrainer::make_room_for_teacher() {
 }
 
 void CudaTrainer::send_teacher(const TrainStep& step, Slot& slot) {
-  const size_t bytes = step.teacher.defined() ? step.teacher.nbytes() : 0;
-  if (bytes != teacher_.bytes() || (bytes > 0 && step.teacher.scalar_type() != at::kFloat))
-    fail(ExitCode::internal, "trainer: a teacher's logits take ", bytes, " bytes, planned for ", teacher_.bytes());
-  if (bytes == 0) return;
-  std::memcpy(slot.teacher.get(), step.teacher.contiguous().const_data_ptr(), bytes);
-  PYRA_CUDA(cudaMemcpyAsync(teacher_.get(), slot.teacher.get(), bytes, cudaMemcpyHostToDevice, stream()));
+  const bool taught = step.teacher.defined();
+  if (taught != (teacher_.bytes() > 0))
+    fail(ExitCode::internal, "trainer: a teacher's logits come with every step or with none");
+  if (!taught) return;
+  const std::array<int64_t, 2> shape{batch_, vit_.config().num_classes};
+  if (step.teacher.sizes() != at::IntArrayRef(shape) || step.teacher.scalar_type() != at::kFloat)
+    fail(ExitCode::internal, "trainer: a teacher's logits are ", step.teacher.sizes(), " ", step.teacher.scalar_type(),
+         ", expected fp32 ", at::IntArrayRef(shape));
+  std::memcpy(slot.teacher.get(), step.teacher.contiguous().const_data_ptr(), teacher_.bytes());
+  PYRA_CUDA(cudaMemcpyAsync(teacher_.get(), slot.teacher.get(), teacher_.bytes(), cudaMemcpyHostToDevice, stream()));
 }
 
 void CudaTrainer::enqueue_step() {
@@ -213,7 +217,7 @@ void CudaTrainer::optimise() {
 void CudaTrainer::capture() {
   enqueue_step();
   PYRA_CUDA(cudaStreamSynchronize(stream()));
-  cache_->save();
+  if (cache_) cache_->save();
   reset_sums();
   cudaGraph_t graph = nullptr;
   PYRA_CUDA(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal));

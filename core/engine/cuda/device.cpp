@@ -12,12 +12,15 @@ int set_device(int device) {
   return device;
 }
 
-std::string gemm_version(int device) {
+std::shared_ptr<kernels::cuda::GemmCache> gemm_cache(int device, bool deterministic) {
+  using kernels::cuda::GemmCache;
+  if (deterministic) return nullptr;
   cudaDeviceProp properties{};
   PYRA_CUDA(cudaGetDeviceProperties(&properties, device));
   int driver = 0;
   PYRA_CUDA(cudaDriverGetVersion(&driver));
-  return cat(properties.name, " driver ", driver, " cublasLt ", cublasLtGetVersion());
+  return GemmCache::shared(GemmCache::default_file(),
+                           cat(properties.name, " driver ", driver, " cublasLt ", cublasLtGetVersion()));
 }
 
 }  // namespace pyra::engine

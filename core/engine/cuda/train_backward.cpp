@@ -46,6 +46,7 @@ void TrainStepRunner::plan_linear(const TrainLinear& layer, int rows) {
 
 void TrainStepRunner::plan_gate(const TrainBlock& block) {
   if (!block.gate_a) return;
+  // Not of the merge, which the last block may have dropped.
   const int channels = int(model_.config.embed_dim), merged = int(model_.segment(block.gate_a).count);
   const int row = merged + 3 * channels;
   if (!block.gate_b || !block.gate_weight || !block.gate_bias)
@@ -334,7 +335,7 @@ void* TrainStepRunner::d_norm1(int index) const {
   return apart(index) ? memory_.blocks[size_t(index)].qkv.get() : memory_.rows.get();
 }
 
-/// qkv's LoRA term: its gradients, and what flows through A unless norm1's gradient does that.
+/// qkv's LoRA term: its gradients, and what flows through A where something below trains.
 void TrainStepRunner::qkv_gradients(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
   const SavedBlock& saved = memory_.blocks[size_t(index)];

@@ -49,7 +49,8 @@ void TrainMemory::plan(const TrainModel& model, int images, const Allocate& allo
     allocate(saved.log_sum, before * heads * 4);
     // The gradient of q, k and v comes here too where it fits (train_backward.cpp); with the class tokens alone it is
     // the larger.
-    const size_t hidden = after * size_t(block.fc2.stride), qkv = block.class_alone ? before * 3 * c : 0;
+    const size_t hidden = after * size_t(block.fc2.stride),
+                 qkv = block.class_alone && block.qkv.lora ? before * 3 * c : 0;
     allocate(saved.hidden, std::max(hidden, qkv) * compute);
     const std::array<const TrainLinear*, 4> layers = {&block.qkv, &block.proj, &block.fc1, &block.fc2};
     for (size_t kind = 0; kind < layers.size(); ++kind) {

@@ -25,10 +25,6 @@ constexpr int64_t kArenaStep = 4;  // floats: tensors of the arena begin at 16 b
   fail(ExitCode::usage, what, ": ", why, "; train on the CPU: --device cpu");
 }
 
-int round_up(int value, int step) {
-  return (value + step - 1) / step * step;
-}
-
 }  // namespace
 
 /// Masters, moments and gradients: a float each for every element, one tensor behind the other.
@@ -121,7 +117,7 @@ void TrainModel::find_b(LoraTerm& term, const at::Tensor& b, int position) {
 
 LoraTerm TrainModel::lora_of(const sdk::LinearSite& site, const sdk::LowRank& low_rank, int position) {
   LoraTerm term{.rank = int(low_rank.a.size(0)), .scale = float(low_rank.scale)};
-  term.padded = round_up(term.rank, kColumnStep);
+  term.padded = cuda::round_up(term.rank, kColumnStep);
   if (term.rank > cuda::kMaxLoraRank)
     only_cpu(cat("PEFT method '", peft_->name, "'"),
              cat("rank ", term.rank, ", a GPU's kernels do up to ", cuda::kMaxLoraRank));
@@ -220,9 +216,9 @@ void TrainModel::add_head(const nn::Vit& model) {
   head_bias = master_or_upload(bias, head_bias_slot);
 }
 
-/// Where the head reads the class token alone, that is all of the last block's MLP, forward and back. Its merge never
-/// touches that token, so there is none: gradients of its gate are zero. LoRA terms of these layers would number their
-/// dropout's masks by other rows than the CPU does.
+/// Where the head reads the class token alone, the last block's proj and MLP are computed for that row of each image
+/// alone, forward and back. Its merge never touches that token, so there is none: gradients of its gate are zero. LoRA
+/// terms of these layers would number their dropout's masks by other rows than the CPU does.
 void TrainModel::keep_what_the_head_reads() {
   TrainBlock& last = blocks.back();
   last.class_alone = config.pool == nn::Pool::token && !last.proj.lora && !last.fc1.lora && !last.fc2.lora;

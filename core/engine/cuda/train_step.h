@@ -13,8 +13,8 @@ struct SavedBlock {
   std::array<DeviceMemory, 4> low;        ///< [rows,padded] compute: drop(x) Aᵀ, at the index of the linear kind
   DeviceMemory qkv;                       ///< [rows,3C] compute; on the way back norm1's gradient (d_norm1)
   DeviceMemory attended, log_sum;         ///< [rows,C] compute, [B,H,N] fp32
-  DeviceMemory hidden;                    ///< [rows,fc2.stride] compute: before GELU; on the way back d_qkv
-  DeviceMemory keep, src, dst, cosine;    ///< the plan
+  DeviceMemory hidden;  ///< [rows,fc2.stride] compute: before GELU; on the way back d_qkv, if larger for it
+  DeviceMemory keep, src, dst, cosine;  ///< the plan
 };
 
 /// All memory of a step, planned once for its one batch size.

@@ -52,9 +52,6 @@ struct Job {
   float scale;  ///< of a product, to powers of two
 };
 
-constexpr int round_up(int n, int step) {
-  return (n + step - 1) / step * step;
-}
 constexpr int ceil_div(int n, int by) {
   return (n + by - 1) / by;
 }

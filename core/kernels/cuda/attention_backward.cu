@@ -47,9 +47,6 @@ struct Job {
   float factor;  ///< of dQ and dK: 1 / sqrt(D)
 };
 
-constexpr int round_up(int n, int step) {
-  return (n + step - 1) / step * step;
-}
 constexpr int ceil_div(int n, int by) {
   return (n + by - 1) / by;
 }

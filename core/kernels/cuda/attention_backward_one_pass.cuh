@@ -42,10 +42,6 @@ struct BackwardJob {
   float factor;   ///< of dQ and dK: 1 / sqrt(D)
 };
 
-constexpr int round_up(int n, int step) {
-  return (n + step - 1) / step * step;
-}
-
 /// Blocks of OneTile wanted on a multiprocessor: as many as registers allow without spills.
 [[maybe_unused]] constexpr int blocks_for(int rows) {
   return rows > 48 ? 4 : rows > 32 ? 5 : 7;
@@ -323,7 +319,7 @@ struct PanelTile {
     float shift[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) shift[half] = wanted ? head.key_terms()[own + 8 * half] : 0.f;
-      // Of p and ds too: registers that a product may read count as taken since the head before.
+      // p and ds too are set: registers that a product may read count as taken since the head before.
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) v_grad[i] = 0.f;
 #pragma unroll

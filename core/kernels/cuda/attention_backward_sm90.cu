@@ -23,26 +23,6 @@ namespace {
 constexpr int kMostTokens = 208;          ///< whose operands and dS fit a multiprocessor's shared memory
 constexpr int kSharedMemory = 227 << 10;  ///< that a block may have
 
-/// Whether the program holds the kernel for this device, which then may use all shared memory. Asked once for a kernel,
-/// whose answers are `known`.
-bool prepare(const void* kernel, std::atomic<int> (&known)[64]) {  // 0: not asked, 1: ready, -1: built without sm_90a
-  int device = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    cudaFuncAttributes attributes{};
-    PYRA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
-    answer = attributes.maxThreadsPerBlock >= kGroup ? 1 : -1;
-    if (answer > 0) {
-      PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory));
-      PYRA_CUDA(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-    }
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer > 0;
-}
-
 BackwardJob job_of(const AttentionBackwardCall& call, int rows) {
   const int64_t heads = int64_t(call.batch) * call.heads;
   if (heads > INT32_MAX) {
@@ -69,7 +49,8 @@ BackwardJob job_of(const AttentionBackwardCall& call, int rows) {
 template <class T, int Keys>
 bool launch_tile(const AttentionBackwardCall& call, cudaStream_t stream) {
   static std::atomic<int> known[64];
-  if (!prepare(reinterpret_cast<const void*>(&attend_backward_tile<T, Keys>), known)) return false;
+  if (!prepare_hopper(reinterpret_cast<const void*>(&attend_backward_tile<T, Keys>), kSharedMemory, known))
+    return false;
   const BackwardJob job = job_of(call, Keys);
   attend_backward_tile<T, Keys><<<unsigned(job.all_heads), kGroup, OneTileShape<Keys>::kShared, stream>>>(job);
   PYRA_CUDA_LAUNCHED();
@@ -79,7 +60,8 @@ bool launch_tile(const AttentionBackwardCall& call, cudaStream_t stream) {
 template <class T, int Groups>
 bool launch_panels(const AttentionBackwardCall& call, int processors, cudaStream_t stream) {
   static std::atomic<int> known[64];
-  if (!prepare(reinterpret_cast<const void*>(&attend_backward_panels<T, Groups>), known)) return false;
+  if (!prepare_hopper(reinterpret_cast<const void*>(&attend_backward_panels<T, Groups>), kSharedMemory, known))
+    return false;
   const BackwardJob job = job_of(call, round_up(call.tokens, 16));
   const int terms = 3 * int(sizeof(float)) * round_up(call.tokens, kChunk) + 2 * int(sizeof(uint64_t));
   const int beyond = (Groups * kTile - job.rows) * kRowBytes;  // what the last tile reads past the last panel

@@ -1,4 +1,5 @@
-// What the ways of attention's gradient share. In both of its passes a warp owns rows and goes over columns:
+// What the ways of attention's gradient share. Those open to every GPU go over the head twice; in both passes a warp
+// owns rows and goes over columns:
 //   of keys     rows are keys, columns queries: dV += Pᵀ dO and dK += dSᵀ Q
 //   of queries  rows are queries, columns keys: dQ += dS K
 // and in both P = 2^(scale q k + a term of the row + a term of the column), where a key's term is log2(size) and a

@@ -72,6 +72,26 @@ inline CUtensorMap map_of(const void* data, int channels, int tokens, int batch,
   return map;
 }
 
+/// Whether the program holds the kernel for this device, which then may use `shared` bytes of shared memory. Asked once
+/// for a kernel, whose answers by device are `known`: 0: not asked, 1: ready, -1: built without sm_90a.
+inline bool prepare_hopper(const void* kernel, int shared, std::atomic<int> (&known)[64]) {
+  int device = 0;
+  PYRA_CUDA(cudaGetDevice(&device));
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    cudaFuncAttributes attributes{};
+    PYRA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+    answer = attributes.maxThreadsPerBlock >= kGroup ? 1 : -1;
+    if (answer > 0) {
+      PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+      PYRA_CUDA(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    }
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer > 0;
+}
+
 struct HopperDevice {
   bool usable = false;
   int processors = 0;

@@ -266,31 +266,11 @@ __global__ void __launch_bounds__(kWarp) attend_hopper(const __grid_constant__ H
 
 #endif
 
-/// Whether the program holds the kernel for this device, which then may use the shared memory it needs. Asked once.
-template <class T, int Keys, bool Sized, int Blocks>
-bool prepare() {
-  static std::atomic<int> known[64];  // 0: not asked, 1: ready, -1: built without sm_90a
-  int device = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    const auto kernel = reinterpret_cast<const void*>(&attend_hopper<T, Keys, Sized, Blocks>);
-    cudaFuncAttributes attributes{};
-    PYRA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
-    answer = attributes.maxThreadsPerBlock >= kGroup ? 1 : -1;
-    if (answer > 0) {
-      PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, HopperShape<Keys>::kShared));
-      PYRA_CUDA(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-    }
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer > 0;
-}
-
 template <class T, int Keys, bool Sized, int Blocks = blocks_for(Keys)>
 bool launch_hopper(const AttentionCall& call, int processors, cudaStream_t stream) {
-  if (!prepare<T, Keys, Sized, Blocks>()) return false;
+  static std::atomic<int> known[64];
+  const auto kernel = reinterpret_cast<const void*>(&attend_hopper<T, Keys, Sized, Blocks>);
+  if (!prepare_hopper(kernel, HopperShape<Keys>::kShared, known)) return false;
   const int64_t heads = int64_t(call.batch) * call.heads;
   const int tiles = (call.tokens + kTile - 1) / kTile;
   const int splits = int(std::clamp<int64_t>(int64_t{Blocks} * processors / heads, 1, tiles));

@@ -66,10 +66,10 @@ __global__ void __launch_bounds__(kWarps* kWarp) loss_kernel(const CrossEntropyC
     float* gradient = call.d_logits + int64_t(image) * call.classes;
     const int label = call.labels[image];
     const Best best = best_of(logits, call.classes, lane);
-    const float scale = log_sum(logits, best.value, 1.0f, call.classes, lane);
+    const float total = log_sum(logits, best.value, 1.0f, call.classes, lane);
     for (int k = lane; k < call.classes; k += kWarp)
-      gradient[k] = (expf(logits[k] - best.value - scale) - (k == label ? 1.0f : 0.0f)) * share * from_labels;
-    loss += double(from_labels) * (double(scale) - (double(logits[label]) - double(best.value)));
+      gradient[k] = (expf(logits[k] - best.value - total) - (k == label ? 1.0f : 0.0f)) * share * from_labels;
+    loss += double(from_labels) * (double(total) - (double(logits[label]) - double(best.value)));
     if (call.teacher)
       loss += teach(call, logits, call.teacher + int64_t(image) * call.classes, best.value, share, gradient, lane);
     correct += best.index == label ? 1 : 0;

@@ -13,6 +13,11 @@ enum class DType { fp32, bf16, fp16 };
   return dtype == DType::fp32 ? 4 : 2;
 }
 
+/// To the next multiple of `step`.
+[[nodiscard]] constexpr int round_up(int value, int step) {
+  return (value + step - 1) / step * step;
+}
+
 /// Throws Error(device) with the call's text, the error's name and its meaning. The sticky error is cleared first, so
 /// that the next call reports its own.
 void check_cuda(cudaError_t status, const char* call, const char* file, int line);

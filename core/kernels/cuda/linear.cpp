@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -151,10 +152,15 @@ void LinearRunner::choose(Plan& plan, const LinearCall& call, const std::string&
   cudaEvent_t begin = nullptr, end = nullptr;
   PYRA_CUDA(cudaEventCreate(&begin));
   PYRA_CUDA(cudaEventCreate(&end));
-  float best = 0;
+  std::optional<float> best;
   for (const auto& candidate : std::span(found).first(size_t(count))) {
     if (candidate.state != CUBLAS_STATUS_SUCCESS || !reproducible(candidate.algo)) continue;
     if (launch(plan, candidate.algo, call, stream) != CUBLAS_STATUS_SUCCESS) continue;  // also the warm-up
+    if (!cache_) {
+      plan.algorithm = candidate.algo;
+      best = 0;
+      break;
+    }
     std::array<float, kTrials> times{};
     for (float& time : times) {
       PYRA_CUDA(cudaEventRecord(begin, stream));
@@ -164,12 +170,12 @@ void LinearRunner::choose(Plan& plan, const LinearCall& call, const std::string&
       PYRA_CUDA(cudaEventElapsedTime(&time, begin, end));
     }
     const float fastest = *std::min_element(times.begin(), times.end());
-    if (best == 0 || fastest < best) best = fastest, plan.algorithm = candidate.algo;
+    if (!best || fastest < *best) best = fastest, plan.algorithm = candidate.algo;
   }
   PYRA_CUDA(cudaEventDestroy(begin));
   PYRA_CUDA(cudaEventDestroy(end));
-  if (best == 0) check_blas(CUBLAS_STATUS_NOT_SUPPORTED, "choosing an algorithm", &call);
-  cache_->add(key, std::bit_cast<AlgorithmWords>(plan.algorithm));
+  if (!best) check_blas(CUBLAS_STATUS_NOT_SUPPORTED, "choosing an algorithm", &call);
+  if (cache_) cache_->add(key, std::bit_cast<AlgorithmWords>(plan.algorithm));
 }
 
 LinearRunner::Plan& LinearRunner::plan_of(const LinearCall& call, cudaStream_t stream) {
@@ -178,7 +184,7 @@ LinearRunner::Plan& LinearRunner::plan_of(const LinearCall& call, cudaStream_t s
   if (plan) return *plan;
   auto fresh = std::make_unique<Plan>(call);
   const std::string key = join(std::span<const int64_t>(shape));
-  const auto known = cache_->find(key);
+  const auto known = cache_ ? cache_->find(key) : std::nullopt;
   if (known) fresh->algorithm = std::bit_cast<cublasLtMatmulAlgo_t>(*known);
   cublasLtMatmulHeuristicResult_t result{};
   // A file may say anything: cuBLASLt looks at the words before they run.

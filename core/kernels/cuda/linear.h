@@ -45,7 +45,8 @@ struct LinearCall {
 /// One per stream: two matrix products at the same time would share the workspace.
 class LinearRunner {
  public:
-  /// Allocates the workspace. Throws Error(device) where cuBLASLt does not start.
+  /// Allocates the workspace. Without a cache no algorithm is timed: a shape takes cuBLASLt's first. Throws
+  /// Error(device) where cuBLASLt does not start.
   explicit LinearRunner(std::shared_ptr<GemmCache> cache);
   ~LinearRunner();
   LinearRunner(const LinearRunner&) = delete;

@@ -322,10 +322,6 @@ Keys checked_keys(const char* what, const void* qkv, int batch, int tokens, int 
   return {tokens, heads, head_dim, 1.0f / float(heads)};
 }
 
-int round_up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 /// The largest chunks of both sides that fit: all of both at the usual shapes.
 Layout fit(Shape& shape, int tile, int most_a, int most_b) {
   shape.rows = std::max(8, round_up((most_a + shape.cluster - 1) / shape.cluster, 8));
