@@ -203,7 +203,7 @@ std = [0.25, 0.5, 1]
          Values{{"rank", int64_t{4}}, {"alpha", 8.0}, {"targets", std::vector<std::string>{"q", "v"}}}));
   CHECK(recipe.merge.name == "pyra");
   CHECK((recipe.merge.parameters == Values{{"partition", std::string("random")}}));
-  CHECK(recipe.peft.where.ends_with("vit.toml:24: [peft]"));
+  CHECK(recipe.peft.where.ends_with("vit.toml:25: [peft]"));
   CHECK(recipe.schedule == "high");
   CHECK_FALSE(recipe.proportional_attention);
   CHECK(recipe.image_size == 112);

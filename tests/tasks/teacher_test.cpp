@@ -1,6 +1,9 @@
 // A model that teaches another: the loss, what it changes, and what cannot teach.
 #include "tasks/teacher.h"
 
+#include <cstdio>
+
+#include "engine/cuda_library.h"
 #include "tasks/merge_lora.h"
 #include "tiny_task.h"
 #include "train/cpu_trainer.h"
@@ -116,4 +119,27 @@ TEST_CASE("what cannot teach is refused before anything is written", "[teacher]"
               [&] { (void)task.recipe({"train.teacher_weight=1.5"}); });
   check_error(ExitCode::usage, {"teacher_temperature"}, [&] { (void)task.recipe({"train.teacher_temperature=0"}); });
   CHECK(task.listing() == before);
+}
+
+TEST_CASE("on a GPU a teacher teaches as on the CPU, what it shows augmented included", "[teacher][gpu]") {
+  if (!engine::cuda_library().first_is_usable()) {
+    std::puts("skipped: no CUDA device on this machine");
+    return;
+  }
+  const TinyTask task;
+  const std::string teacher = trained_teacher(task);
+  const auto accuracy_on = [&](const std::string& device, const std::string& run, std::vector<std::string> set) {
+    tasks::FinetuneOptions options{.recipe = task.recipe(std::move(set)), .device = device};
+    options.recipe.out = task.folder / run;
+    options.recipe.dtype = "fp32";
+    return tasks::finetune(options, built_plugins()).accuracy;
+  };
+  for (const std::string flip : {"false", "true"}) {
+    CAPTURE(flip);
+    const std::vector<std::string> set{"train.epochs=6", io::recipe_override("train.teacher", teacher),
+                                       "train.hflip=" + flip};
+    CHECK(accuracy_on("cuda:0", "gpu" + flip, set) == Approx(accuracy_on("cpu", "cpu" + flip, set)).margin(0.1));
+    (void)accuracy_on("cuda:0", "again" + flip, set);
+    CHECK(task.adapter_bytes("again" + flip) == task.adapter_bytes("gpu" + flip));
+  }
 }
