@@ -4,10 +4,9 @@
 #include <cstring>
 
 #include "cuda/device.h"
+#include "cuda/small_vit.h"
 #include "engine/engine.h"
 #include "engine/trainer.h"
-#include "goldens.h"
-#include "kernels/tensors.h"
 #include "support.h"
 
 using namespace pyra;
@@ -21,28 +20,10 @@ const std::initializer_list<const char*> kMemory = {"MemAlloc",     "MemFree",  
                                                     "MemAllocHost", "MemCreate", "GraphInstantiate"};
 
 nn::Vit merging_model() {
-  const nn::VitConfig config{.arch = "small",
-                             .image_size = 48,
-                             .patch_size = 8,
-                             .embed_dim = 64,
-                             .depth = 3,
-                             .num_heads = 4,
-                             .mlp_dim = 160,
-                             .num_classes = 7};
+  const nn::VitConfig config = test::small_config();
   nn::Vit vit(config, nn::random_weights(config, 1));
-  auto merge = std::make_unique<nn::MergeSetup>();
-  merge->name = "pyra";
-  merge->merger = test::built_plugins().merger("pyra", {}, "test");
-  merge->schedule =
-      merge->merger->resolve({.text = "test", .remove = {9, 4, 6}, .prune = {}, .merge = {}}, config.shape());
-  for (const sdk::TensorDecl& decl : merge->merger->declare(config.shape(), merge->schedule))
-    merge->learned.emplace(decl.name, nn::make_tensor(decl, 5));
-  vit.set_merge(std::move(merge));
+  test::attach(vit, "pyra", test::removing({9, 4, 6}));
   return vit;
-}
-
-at::Tensor images_of(int64_t count) {
-  return (test::seeded({count, 48, 48, 3}, 3, 60.0) + 128).clamp(0, 255).to(at::kByte);
 }
 
 }  // namespace
@@ -63,7 +44,7 @@ TEST_CASE("100 replayed forwards neither wait nor allocate", "[cuda][gpu]") {
   PYRA_NEEDS_GPU();
   const auto gpu =
       engine::make_engine(merging_model(), {.size = 48}, {.device = "cuda:0", .precision = engine::Precision::bf16});
-  const at::Tensor images = images_of(8);
+  const at::Tensor images = test::bytes(test::small_config(), 8);
   DriverCalls calls;
   for (int slot = 0; slot < 2; ++slot) (void)gpu->time_ms(images, 1);  // captures, and makes both slots' memory
   (void)calls.take();
@@ -81,7 +62,7 @@ TEST_CASE("100 replayed forwards neither wait nor allocate", "[cuda][gpu]") {
 TEST_CASE("100 training steps neither wait nor allocate", "[cuda][gpu]") {
   PYRA_NEEDS_GPU();
   nn::Vit vit = merging_model();
-  const at::Tensor images = images_of(20);
+  const at::Tensor images = test::bytes(test::small_config(), 20);
   const auto read = [&](std::span<const int64_t> indices, uint8_t* to) {
     for (const int64_t i : indices) {
       std::memcpy(to, images[i].const_data_ptr(), images[i].nbytes());

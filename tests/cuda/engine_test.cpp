@@ -4,6 +4,7 @@
 #include "base/error.h"
 #include "base/text.h"
 #include "cuda/device.h"
+#include "cuda/small_vit.h"
 #include "engine/cuda_library.h"
 #include "goldens.h"
 #include "kernels/tensors.h"
@@ -11,35 +12,16 @@
 
 using namespace pyra;
 using engine::Precision;
+using test::attach;
+using test::bytes;
 using test::Golden;
 using test::relative_difference;
+using test::removing;
+using test::small_config;
 
 namespace {
 
 constexpr double kTolerance = 1e-4;
-
-sdk::Schedule removing(const std::vector<int64_t>& counts) {
-  sdk::Schedule schedule;
-  schedule.text = "test";
-  schedule.remove = counts;
-  return schedule;
-}
-
-void attach(nn::Vit& vit, std::shared_ptr<const sdk::TokenMerger> merger, const std::string& name,
-            const sdk::Schedule& schedule, bool proportional = true) {
-  auto setup = std::make_unique<nn::MergeSetup>();
-  setup->name = name;
-  setup->merger = std::move(merger);
-  setup->schedule = setup->merger->resolve(schedule, vit.config().shape());
-  for (const sdk::TensorDecl& decl : setup->merger->declare(vit.config().shape(), setup->schedule))
-    setup->learned.emplace(decl.name, nn::make_tensor(decl, 5) + 0.1 * nn::make_tensor(decl, 6));
-  setup->proportional_attention = proportional;
-  vit.set_merge(std::move(setup));
-}
-
-void attach(nn::Vit& vit, const std::string& name, const sdk::Schedule& schedule, bool proportional = true) {
-  attach(vit, test::built_plugins().merger(name, {}, "test"), name, schedule, proportional);
-}
 
 std::unique_ptr<engine::Engine> on_gpu(const nn::Vit& vit, Precision precision = Precision::fp32) {
   return engine::make_engine(vit, {.size = vit.config().image_size}, {.device = "cuda:0", .precision = precision});
@@ -48,23 +30,6 @@ std::unique_ptr<engine::Engine> on_gpu(const nn::Vit& vit, Precision precision =
 void check_golden(const nn::Vit& vit, const Golden& golden) {
   CAPTURE(golden.name);
   CHECK(relative_difference(on_gpu(vit)->run(golden.at("input")), golden.at("logits")) <= kTolerance);
-}
-
-/// 37 tokens of 64 channels, 4 heads: every kernel's edges, no round numbers.
-nn::VitConfig small_config(int64_t depth = 3) {
-  return {.arch = "small",
-          .image_size = 48,
-          .patch_size = 8,
-          .embed_dim = 64,
-          .depth = depth,
-          .num_heads = 4,
-          .mlp_dim = 160,
-          .num_classes = 7};
-}
-
-at::Tensor bytes(const nn::VitConfig& config, int64_t count, uint64_t seed = 3) {
-  const at::Tensor values = test::seeded({count, config.image_size, config.image_size, 3}, seed, 60.0) + 128;
-  return values.clamp(0, 255).to(at::kByte);
 }
 
 /// Drops the last tokens and merges the ones before them into the class token's neighbour, by plain ATen operations and

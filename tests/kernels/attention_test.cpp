@@ -120,7 +120,7 @@ TEST_CASE("attention refuses shapes that do not fit", "[kernels][attention]") {
   CHECK_THROWS_WITH(attention(at::zeros({1, 4, 48}), 4, {at::ones({1, 5})}), Catch::Contains("sizes"));
 }
 
-TEST_CASE("attention's lower paths pass the same tests", "[kernels][attention][rerun]") {
+TEST_CASE("attention's other paths pass the same tests", "[kernels][attention][rerun]") {
   for (const std::string& kernel : other_kernels()) {
     const RunResult result = rerun_with_kernel(kernel, "[attention]");
     INFO(kernel << "\n" << result.out << result.err);

@@ -71,7 +71,7 @@ TEST_CASE("layer_norm refuses shapes that do not fit", "[kernels][layer_norm]") 
                     Catch::Contains("fp32 or bf16"));
 }
 
-TEST_CASE("layer_norm's lower paths pass the same tests", "[kernels][layer_norm][rerun]") {
+TEST_CASE("layer_norm's other paths pass the same tests", "[kernels][layer_norm][rerun]") {
   for (const std::string& kernel : other_kernels()) {
     const RunResult result = rerun_with_kernel(kernel, "[layer_norm]");
     INFO(kernel << "\n" << result.out << result.err);

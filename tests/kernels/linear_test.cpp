@@ -287,7 +287,7 @@ TEST_CASE("a dropout mask is the documented function of Philox", "[kernels][line
   CHECK(max_difference(kept, at::full_like(kept, 4.0 / 3.0)) < 1e-6);
 }
 
-TEST_CASE("linear's lower paths pass the same tests", "[kernels][linear][rerun]") {
+TEST_CASE("linear's other paths pass the same tests", "[kernels][linear][rerun]") {
   for (const std::string& kernel : other_kernels()) {
     const RunResult result = rerun_with_kernel(kernel, "[linear]");
     INFO(kernel << "\n" << result.out << result.err);

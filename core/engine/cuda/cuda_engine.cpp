@@ -25,7 +25,7 @@ void parallel_copy(void* to, const void* from, size_t bytes) {
   };
   std::vector<std::jthread> others;
   for (size_t i = 1; i < threads; ++i) others.emplace_back(copy, i * share, i + 1 == threads ? bytes : (i + 1) * share);
-  copy(0, threads == 1 ? bytes : share);
+  copy(0, share);
 }
 
 size_t bytes_of(const at::Tensor& images) {
