@@ -38,7 +38,7 @@ struct Merged {
 /// x [B,N,C] fp32, sizes [B,N] fp32, positive. With u = size (weighted) or 1 (mean) and w = src_weight or 1:
 ///   out[k]  = (u x[keep[k]] + sum of w S'[i] over src i with dst[i] = k) / (u + sum of w u[src[i]])
 ///   S'[i]   = u x[src[i]], or what the gate makes of it (sdk/merge_plan.h), with D' = u x[keep[dst[i]]]
-///   size[k] = size[keep[k]] + sum of size[src[i]] * src_size_scale[i]
+///   size[k] = size[keep[k]] + sum of size[src[i]] * max(0, src_size_scale[i]), so that sizes stay positive
 /// A token that receives none is copied bit for bit. Differentiable once in x, src_weight and the gate's four tensors;
 /// the backward pass is written by hand. Nothing is recorded where none of them requires gradients.
 /// Arguments must have passed check_merge, which checks what C does not matter for; the gate's C is checked here.

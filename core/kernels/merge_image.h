@@ -1,5 +1,6 @@
 // The arithmetic of merge.cpp for one image, forward and backward, on plain pointers.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -91,7 +92,7 @@ inline void weights_of(const Plan& p, Scratch& s, float* sizes) {
     const int64_t k = p.dst[i], token = p.src[i];
     s.divisor[k] += p.weight(i) * p.unit(token);
     s.receives[k] = 1;
-    if (sizes) sizes[k] += p.size_scale ? p.sizes[token] * p.size_scale[i] : p.sizes[token];
+    if (sizes) sizes[k] += p.size_scale ? p.sizes[token] * std::max(0.f, p.size_scale[i]) : p.sizes[token];
   }
 }
 

@@ -33,7 +33,7 @@ Merged merge_tokens_reference(const at::Tensor& x, const at::Tensor& sizes, cons
   const at::Tensor divisor = unit.gather(1, arguments.keep).scatter_add(1, arguments.dst, share);
 
   at::Tensor added = sizes.detach().gather(1, arguments.src);
-  if (arguments.src_size_scale.defined()) added = added * arguments.src_size_scale.detach();
+  if (arguments.src_size_scale.defined()) added = added * arguments.src_size_scale.detach().clamp_min(0);
   return {sum / divisor.unsqueeze(-1), sizes.detach().gather(1, arguments.keep).scatter_add(1, arguments.dst, added)};
 }
 

@@ -26,7 +26,9 @@ enum class Reduce {
 
 /// Where each token of a block goes. B images, N tokens in, K tokens out, R merged away; N - K - R are dropped.
 ///   out[k]  = reduce(x[keep[k]], x[src[i]] for every i with dst[i] == k)
-///   size[k] = size[keep[k]] + sum of size[src[i]] * src_size_scale[i]
+///   size[k] = size[keep[k]] + sum of size[src[i]] * max(0, src_size_scale[i])
+/// Sizes never shrink: proportional attention takes their logarithm, and DiffRate's factor is a cosine, which may be
+/// negative.
 /// Indices are int64; within an image `keep` and `src` together name no token twice. No gradient flows
 /// through the choice. K and R depend on the schedule alone, never on the values.
 struct MergePlan {

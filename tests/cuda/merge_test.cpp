@@ -74,7 +74,7 @@ Case make(const Sizes& s, const Variant& v, DType residual) {
                             .bias = seeded({s.channels}, 7, 0.3),
                             .eps = 1e-5};
   if (v.src_weight) c.plan.src_weight = at::sigmoid(seeded({s.batch, s.merged}, 8));
-  if (v.size_scale) c.plan.src_size_scale = at::sigmoid(seeded({s.batch, s.merged}, 9));
+  if (v.size_scale) c.plan.src_size_scale = at::tanh(seeded({s.batch, s.merged}, 9));
   return c;
 }
 

@@ -113,7 +113,7 @@ Case make(const Shape& s, const Variant& v) {
   c.arguments.weighted = v.weighted;
   if (v.gate) c.arguments.gate = random_gate(s.merged, s.width, 5);
   if (v.src_weight) c.arguments.src_weight = at::sigmoid(random.normal({s.batch, s.merged}));
-  if (v.size_scale) c.arguments.src_size_scale = at::sigmoid(random.normal({s.batch, s.merged}));
+  if (v.size_scale) c.arguments.src_size_scale = at::tanh(random.normal({s.batch, s.merged}));
   return c;
 }
 
@@ -290,4 +290,11 @@ TEST_CASE("merge_tokens refuses tensors of other kinds", "[merge]") {
   CHECK_THROWS_AS(kernels::merge_tokens(c.x, c.sizes.slice(1, 1), c.arguments), Error);
   c.arguments.gate = random_gate(5, 8, 1);
   CHECK_THROWS_AS(kernels::merge_tokens(c.x, c.sizes, c.arguments), Error);
+}
+
+TEST_CASE("a size does not shrink by a factor below nought, and keeps its logarithm", "[merge]") {
+  Case c = make({2, 17, 9, 3, 16}, {"a cosine", false, false, false, true});
+  c.arguments.src_size_scale.fill_(-1);
+  const kernels::Merged merged = kernels::merge_tokens(c.x, c.sizes, c.arguments);
+  CHECK(at::equal(merged.sizes, c.sizes.gather(1, c.arguments.keep)));
 }

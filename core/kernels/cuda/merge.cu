@@ -106,7 +106,7 @@ __device__ __forceinline__ void stage_plan(const MergeCall& call, int image, con
     s.source_token()[i] = token;
     s.destination()[i] = destination;
     s.weight()[i] = call.src_weight ? __fmul_rn(call.src_weight[pairs + i], unit) : unit;
-    s.growth()[i] = call.src_size_scale ? __fmul_rn(size, call.src_size_scale[pairs + i]) : size;
+    s.growth()[i] = call.src_size_scale ? __fmul_rn(size, fmaxf(0.0f, call.src_size_scale[pairs + i])) : size;
     if (!call.gate_a) continue;
     const int receiver = call.keep[kept + destination];
     s.source_unit()[i] = unit;
