@@ -1,12 +1,13 @@
 """The working half of accuracy.sh: runs pyractl, and makes a table of means and paired differences."""
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
 
 from runs import interval, named, pyractl, read_rows, run_all, sets
 
-# name: (PEFT method, merger, schedule). ToMe "untrained" is the dense LoRA model merged without training.
+# name: (PEFT method, merger, schedule).
 METHODS = {
     "LoRA, dense": ("lora", "none", None),
     "BitFit, dense": ("bitfit", "none", None),
@@ -17,10 +18,26 @@ METHODS = {
     "LoRA + ToMe high": ("lora", "tome", "high"),
     "LoRA + DiffRate high": ("lora", "diffrate", "high"),
 }
-UNTRAINED = {"ToMe low, not trained": ("tome", "low"), "ToMe high, not trained": ("tome", "high")}
+# Trained only where --methods names them: with a teacher (the dense LoRA model of the same seed), and with nothing but
+# the head, and the gate, to make up for what merging loses.
+MORE = {
+    "LoRA + PYRA high, taught": ("lora", "pyra", "high"),
+    "head + PYRA high": ("linear_probe", "pyra", "high"),
+    "head + ToMe high": ("linear_probe", "tome", "high"),
+}
+TAUGHT = {"LoRA + PYRA high, taught": "LoRA, dense"}
+# What a trained model is when it merges in another way than it was trained: {trained: {name: (merger, schedule)}}, or
+# None: as it was trained, without PYRA's gate.
+OTHERWISE = {
+    "LoRA, dense": {"ToMe low, not trained": ("tome", "low"), "ToMe high, not trained": ("tome", "high")},
+    "LoRA + PYRA high": {"LoRA + PYRA high, gate off": None},
+    "head + PYRA high": {"head + PYRA high, gate off": None},
+}
 PAIRS = [("LoRA + PYRA high", "LoRA + ToMe high"), ("LoRA, dense", "LoRA + PYRA low"),
          ("LoRA + PYRA high", "ToMe high, not trained"), ("LoRA + PYRA low", "LoRA + ToMe low"),
-         ("LoRA + PYRA high", "LoRA + DiffRate high")]  # fmt: skip
+         ("LoRA + PYRA high", "LoRA + DiffRate high"), ("LoRA + PYRA high, taught", "LoRA + PYRA high"),
+         ("LoRA + PYRA high", "LoRA + PYRA high, gate off"), ("head + PYRA high", "head + ToMe high"),
+         ("head + PYRA high", "head + PYRA high, gate off")]  # fmt: skip
 
 
 def row(model, task, seed, method, report, **more):
@@ -28,30 +45,54 @@ def row(model, task, seed, method, report, **more):
             "images": report["images"], **more}  # fmt: skip
 
 
-def train(options, model, file, task, data, method, seed):
-    """The rows of one training: its own and, of the dense one, those merged without training."""
-    peft, merger, schedule = METHODS[method]
-    run = options.out / "runs" / f"{model}-{task}-{method.replace(', ', '-').replace(' ', '')}-{seed}"
+def finetune(options, file, data, run, method, seed, *more):
+    """The report of one training."""
+    peft, merger, schedule = (METHODS | MORE)[method]
     settings = [f"train.epochs={options.epochs}", f"seed={seed}", f"peft.name={peft}", f"merge.name={merger}",
-                f"train.lr={options.lr}", "train.checkpoint_every=100000", *options.set]  # fmt: skip
+                f"train.lr={options.lr}", "train.checkpoint_every=100000", *more, *options.set]  # fmt: skip
     if peft == "lora":
         settings.append(f"peft.rank={options.rank}")
     if schedule:
         settings.append(f"merge.schedule={schedule}")
     recipe = options.out / "recipe.toml"
     goes_on = ["--resume"] if (run / "run.toml").exists() else []
-    report = pyractl("finetune", "--recipe", recipe, "--model", file, "--data", data, "--out", run, "--device",
-                     options.device, *goes_on, *sets(settings))  # fmt: skip
+    return pyractl("finetune", "--recipe", recipe, "--model", file, "--data", data, "--out", run, "--device",
+                   options.device, *goes_on, *sets(settings))  # fmt: skip
+
+
+def open_gates(file):
+    """Zeros for b of every gate of a safetensors file, in place: PYRA is ToMe then, bit for bit."""
+    with file.open("r+b") as model:
+        size = int.from_bytes(model.read(8), "little")
+        for name, tensor in json.loads(model.read(size)).items():
+            if name.startswith("merge.pyra.") and name.endswith(".b"):
+                begin, end = tensor["data_offsets"]
+                model.seek(8 + size + begin)
+                model.write(bytes(end - begin))
+
+
+def train(options, model, file, task, data, method, seed):
+    """The rows of one training: its own, and those of the trained model with another merge."""
+    run = options.out / "runs" / f"{model}-{task}-{method.replace(', ', '-').replace(' ', '')}-{seed}"
+    more = []
+    if method in TAUGHT:
+        taught_by, teacher = run.with_name(run.name + "-teacher"), run.with_name(run.name + "-teacher.safetensors")
+        finetune(options, file, data, taught_by, TAUGHT[method], seed)
+        pyractl("merge-lora", taught_by, "--out", teacher)
+        more.append(f"train.teacher={teacher.resolve()}")
+    report = finetune(options, file, data, run, method, seed, *more)
     rows = [row(model, task, seed, method, {"top1": report["accuracy"], "images": report["test_images"]},
                 train_seconds=report["train_seconds"], images_per_second=report["images_per_second"],
                 dtype=report["dtype"], device=report["device"], epochs=options.epochs, lr=options.lr,
                 protocol=report["protocol"], trained=report["trained_params"], macs=report["macs"])]  # fmt: skip
-    if method == "LoRA, dense":
+    if method in OTHERWISE:
         merged = run / "merged.safetensors"
         pyractl("merge-lora", run, "--out", merged)
-        for name, (merge, to) in UNTRAINED.items():
-            seen = pyractl("eval", merged, "--data", data, "--device", options.device, "--set", f"merge.name={merge}",
-                           "--set", f"merge.schedule={to}")  # fmt: skip
+        for name, merge in OTHERWISE[method].items():
+            if merge is None:
+                open_gates(merged)
+            instead = sets([f"merge.name={merge[0]}", f"merge.schedule={merge[1]}"]) if merge else []
+            seen = pyractl("eval", merged, "--data", data, "--device", options.device, *instead)
             rows.append(row(model, task, seed, name, seen, dtype=report["dtype"], device=report["device"]))
         merged.unlink()
     return rows
@@ -72,7 +113,7 @@ def table(rows, models, tasks):
     for model in models:
         lines += ["", f"**{model}**: top-1 in %, mean ± standard deviation over seeds", "",
                   "| method | " + " | ".join(tasks) + " | mean |", "|---" * (len(tasks) + 2) + "|"]  # fmt: skip
-        for method in [*METHODS, *UNTRAINED]:
+        for method in [*METHODS, *MORE, *(name for names in OTHERWISE.values() for name in names)]:
             cells, means = [], []
             for task in tasks:
                 found = [100 * r["top1"] for r in rows if (r["model"], r["task"], r["method"]) == (model, task, method)]
@@ -98,7 +139,8 @@ def main():
     parser.add_argument("--models", type=named, required=True, metavar="NAME=FILE,…")
     parser.add_argument("--data", type=named, required=True, metavar="TASK,…")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--methods", default=",,".join(METHODS), help="separated by two commas; default: all")
+    parser.add_argument("--methods", default=",,".join(METHODS), help="separated by two commas; default: all but "
+                        + "; ".join(MORE))  # fmt: skip
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--rank", type=int, default=4)
