@@ -88,6 +88,8 @@ class Trainer {
 
   /// The most bytes that were in use on the device; 0 on the CPU.
   [[nodiscard]] virtual int64_t device_bytes() const { return 0; }
+  /// What of these the set of images takes, where it lives on the device.
+  [[nodiscard]] virtual int64_t set_bytes() const { return 0; }
 
  protected:
   explicit Trainer(std::vector<TrainedTensor> tensors) : tensors_(std::move(tensors)) {}

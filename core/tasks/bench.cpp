@@ -161,7 +161,7 @@ BenchReport run_bench(const BenchSettings& asked, const host::PluginRegistry& pl
   const PeakMemory memory;
   const bool on_gpu = settings.device != "cpu";
   report.peak_memory =
-      on_gpu ? "device memory that the engine plans for the row: weights and activations" : memory.meaning();
+      on_gpu ? "device memory that the engine plans for the row: weights, activations and a batch" : memory.meaning();
 
   std::vector<BenchSubject> subjects = make_subjects(settings, plugins);
   const double longest = warm_up_all(subjects, settings, memory, progress);

@@ -93,6 +93,7 @@ class Loop {
   [[nodiscard]] int64_t images_per_step() const;
   [[nodiscard]] const std::vector<engine::TrainedTensor>& trained() const { return trainer_->tensors(); }
   [[nodiscard]] int64_t device_bytes() const { return trainer_->device_bytes(); }
+  [[nodiscard]] int64_t set_bytes() const { return trainer_->set_bytes(); }
 
   /// Trained tensors and moments as of the last settle(), sharing storage: "value.<name>", "first.<name>",
   /// "second.<name>".

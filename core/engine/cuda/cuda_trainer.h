@@ -19,6 +19,7 @@ class CudaTrainer final : public Trainer {
   void publish() override;
   void take_over() override;
   [[nodiscard]] int64_t device_bytes() const override;
+  [[nodiscard]] int64_t set_bytes() const override { return int64_t(set_.bytes()); }
 
  private:
   /// A step's numbers on their way to the device, a teacher's logits, and its images where the set is not there.

@@ -210,7 +210,6 @@ void TrainStepRunner::head_backward(const TrainBatch& batch) {
   sum_columns(model_.norm.weight_slot, d, DType::fp32, channels, memory_.batch, channels,
               memory_.features_normalised.get());
   if (!needed(position_of(last, Place::fc2))) return;
-  d_stream_ = 0;
   cuda::norm_rows_backward({.d_y = memory_.d_features.get<float>(),
                             .normalised = memory_.features_normalised.get<float>(),
                             .inverse_deviation = memory_.features_inverse.get<float>(),
@@ -220,59 +219,59 @@ void TrainStepRunner::head_backward(const TrainBatch& batch) {
                             .channels = channels,
                             .first = config.pool == nn::Pool::avg ? int(config.protected_tokens()) : 0,
                             .pooled = config.pool == nn::Pool::avg,
-                            .d_x = memory_.d_stream[0].get<float>()},
+                            .d_x = memory_.d_stream[size_t(stream_)].get<float>()},
                            main_);
-  cuda::scale_rows({.d_x = memory_.d_stream[0].get<float>(),
+  cuda::scale_rows({.d_x = memory_.d_stream[size_t(stream_)].get<float>(),
                     .branch_scale = scale_of(batch, last, 1),
                     .rows_per_image = tokens,
                     .rows = memory_.batch * tokens,
                     .channels = channels,
-                    .out = memory_.branch.get(),
+                    .out = memory_.blocks.back().d_hidden_branch.get(),
                     .compute = model_.types.compute},
                    main_);
 }
 
-/// From the gradient of the hidden branch to that of norm2's output, in memory_.rows.
+/// From the gradient of the hidden branch to that of norm2's output.
 void TrainStepRunner::backward_mlp(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
-  const SavedBlock& saved = memory_.blocks[size_t(index)];
+  const BlockMemory& m = memory_.blocks[size_t(index)];
   const int rows = memory_.batch * block.tokens_after(), channels = int(model_.config.embed_dim);
   const auto compute = model_.types.compute;
-  void *d_branch = memory_.branch.get(), *d_hidden = memory_.wide.get();
+  void *d_branch = m.d_hidden_branch.get(), *d_hidden = m.d_hidden.get();
   const int64_t count = int64_t(rows) * block.fc2.stride;
   sum_columns(block.fc2.bias_slot, d_branch, compute, channels, rows, channels);
   const bool inside = !exact_gelu_ && !block.fc2.lora;
-  product_backward(block.fc2, d_branch, channels, rows, d_hidden, inside ? saved.hidden.get() : nullptr);
+  product_backward(block.fc2, d_branch, channels, rows, d_hidden, inside ? m.hidden.get() : nullptr);
   if (block.fc2.lora) {
-    cuda::gelu_forward(saved.hidden.get(), memory_.spare.get(), compute, count, !exact_gelu_, main_);
-    low_rank_backward(block.fc2, index, LinearKind::fc2, d_branch, channels, memory_.spare.get(), block.fc2.stride,
+    cuda::gelu_forward(m.hidden.get(), m.fc2_input.get(), compute, count, !exact_gelu_, main_);
+    low_rank_backward(block.fc2, index, LinearKind::fc2, d_branch, channels, m.fc2_input.get(), block.fc2.stride,
                       nullptr, d_hidden, rows);
   }
   if (!needed(position_of(index, Place::fc1))) return;
-  if (!inside) cuda::gelu_backward(saved.hidden.get(), d_hidden, compute, count, !exact_gelu_, main_);
+  if (!inside) cuda::gelu_backward(m.hidden.get(), d_hidden, compute, count, !exact_gelu_, main_);
   sum_columns(block.fc1.bias_slot, d_hidden, compute, block.fc2.stride, rows, block.fc1.out);
   if (block.fc1.lora || needed(position_of(index, Place::norm2)))
-    product_backward(block.fc1, d_hidden, block.fc2.stride, rows, memory_.rows.get());
-  low_rank_backward(block.fc1, index, LinearKind::fc1, d_hidden, block.fc2.stride, saved.normalised2.get(), channels,
-                    &block.norm2, memory_.rows.get(), rows);
+    product_backward(block.fc1, d_hidden, block.fc2.stride, rows, m.d_input2.get());
+  low_rank_backward(block.fc1, index, LinearKind::fc1, d_hidden, block.fc2.stride, m.normalised2.get(), channels,
+                    &block.norm2, m.d_input2.get(), rows);
 }
 
-/// To the gradient of what attention added, in memory_.branch.
+/// To the gradient of what attention added.
 void TrainStepRunner::backward_norm2_and_merge(const TrainBatch& batch, int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
-  const SavedBlock& saved = memory_.blocks[size_t(index)];
+  const BlockMemory& m = memory_.blocks[size_t(index)];
   const int rows = memory_.batch * block.tokens_after(), channels = int(model_.config.embed_dim);
-  norm_backward(block.norm2, saved.normalised2, saved.inverse2, memory_.rows.get(), block.fc1.stride, rows,
-                block.tokens_after(), block.merge ? nullptr : memory_.branch.get(), scale_of(batch, index, 0));
+  norm_backward(block.norm2, m.normalised2, m.inverse2, m.d_input2.get(), block.fc1.stride, rows, block.tokens_after(),
+                block.merge ? nullptr : m.d_attention_branch.get(), scale_of(batch, index, 0));
   if (block.class_alone) spread_class(index);
   if (!block.merge || !needed(position_of(index, Place::merge))) return;
   const DeviceMerge& merge = *block.merge;
   --stream_;
   cuda::merge_backward({.x = memory_.stream[size_t(stream_)].get<float>(),
                         .sizes = sizes(),
-                        .keep = saved.keep.get<int32_t>(),
-                        .src = saved.src.get<int32_t>(),
-                        .dst = saved.dst.get<int32_t>(),
+                        .keep = m.keep.get<int32_t>(),
+                        .src = m.src.get<int32_t>(),
+                        .dst = m.dst.get<int32_t>(),
                         .weighted = merge.weighted,
                         .gate_a = merge.gate_a,
                         .gate_b = merge.gate_b,
@@ -284,17 +283,16 @@ void TrainStepRunner::backward_norm2_and_merge(const TrainBatch& batch, int inde
                         .kept = merge.kept,
                         .merged = merge.merged,
                         .channels = channels,
-                        .d_out = memory_.d_stream[size_t(d_stream_)].get<float>(),
-                        .d_x = memory_.d_stream[size_t(1 - d_stream_)].get<float>(),
-                        .d_branch = memory_.branch.get(),
+                        .d_out = memory_.d_stream[size_t(stream_) + 1].get<float>(),
+                        .d_x = memory_.d_stream[size_t(stream_)].get<float>(),
+                        .d_branch = m.d_attention_branch.get(),
                         .branch_scale = scale_of(batch, index, 0),
                         .compute = model_.types.compute,
                         .d_gate = partial_of(block.gate_a)},
                        main_);
-  d_stream_ = 1 - d_stream_;
 }
 
-void TrainStepRunner::norm_backward(const TrainNorm& norm, const DeviceMemory& normalised, const DeviceMemory& inverse,
+void TrainStepRunner::norm_backward(const TrainNorm& norm, const DeviceSpan& normalised, const DeviceSpan& inverse,
                                     const void* d_y, int64_t stride, int rows, int tokens, void* d_branch,
                                     const float* scale) {
   const int channels = int(model_.config.embed_dim);
@@ -306,7 +304,7 @@ void TrainStepRunner::norm_backward(const TrainNorm& norm, const DeviceMemory& n
                        .normalised = normalised.get(),
                        .inverse_deviation = inverse.get<float>(),
                        .weight = norm.weight,
-                       .d_x = memory_.d_stream[size_t(d_stream_)].get<float>(),
+                       .d_x = memory_.d_stream[size_t(stream_)].get<float>(),
                        .d_branch = d_branch,
                        .branch_scale = scale,
                        .rows_per_image = tokens,
@@ -316,35 +314,16 @@ void TrainStepRunner::norm_backward(const TrainNorm& norm, const DeviceMemory& n
                       main_);
 }
 
-/// Whether qkv's LoRA gradients are put aside. What they read then stands in memory of the block that is of no use any
-/// more, where no other block's gradients come: d_qkv in saved.hidden, which GELU's gradient was the last to read, and
-/// norm1's gradient in saved.qkv, which attention's was.
-bool TrainStepRunner::apart(int index) const {
-  const TrainBlock& block = model_.blocks[size_t(index)];
-  const SavedBlock& saved = memory_.blocks[size_t(index)];
-  const size_t row = size_t(memory_.batch) * size_t(block.tokens) * cuda::size_of(model_.types.compute);
-  return block.qkv.lora && !block.fc2.lora && row * size_t(block.qkv.out) <= saved.hidden.bytes() &&
-         row * size_t(block.qkv.stride) <= saved.qkv.bytes();
-}
-
-void* TrainStepRunner::d_qkv(int index) const {
-  return apart(index) ? memory_.blocks[size_t(index)].hidden.get() : memory_.wide.get();
-}
-
-void* TrainStepRunner::d_norm1(int index) const {
-  return apart(index) ? memory_.blocks[size_t(index)].qkv.get() : memory_.rows.get();
-}
-
 /// qkv's LoRA term: its gradients, and what flows through A where something below trains.
 void TrainStepRunner::qkv_gradients(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
-  const SavedBlock& saved = memory_.blocks[size_t(index)];
+  const BlockMemory& m = memory_.blocks[size_t(index)];
   if (!block.qkv.lora) return;
   const int rows = memory_.batch * block.tokens;
   const bool adds = needed(position_of(index, Place::norm1));
-  cudaStream_t stream = apart(index) ? begin_aside() : main_;
-  b_gradient(block.qkv, index, LinearKind::qkv, d_qkv(index), block.qkv.out, rows, stream);
-  a_gradient(block.qkv, saved.normalised1.get(), block.qkv.in, &block.norm1, d_norm1(index), rows, adds,
+  cudaStream_t stream = gradients_aside(model_, index) ? begin_aside() : main_;
+  b_gradient(block.qkv, index, LinearKind::qkv, m.d_qkv.get(), block.qkv.out, rows, stream);
+  a_gradient(block.qkv, m.normalised1.get(), block.qkv.in, &block.norm1, m.d_input1.get(), rows, adds,
              adds ? main_ : stream);
 }
 
@@ -352,63 +331,63 @@ void TrainStepRunner::qkv_gradients(int index) {
 void TrainStepRunner::spread_class(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
   const size_t row = size_t(model_.config.embed_dim) * sizeof(float), images = size_t(memory_.batch);
-  void* const all = memory_.d_stream[size_t(1 - d_stream_)].get();
-  PYRA_CUDA(cudaMemsetAsync(all, 0, images * size_t(block.tokens) * row, main_));
-  PYRA_CUDA(cudaMemcpy2DAsync(all, size_t(block.tokens) * row, memory_.d_stream[size_t(d_stream_)].get(), row, row,
-                              images, cudaMemcpyDeviceToDevice, main_));
-  d_stream_ = 1 - d_stream_;
   --stream_;
+  void* const all = memory_.d_stream[size_t(stream_)].get();
+  PYRA_CUDA(cudaMemsetAsync(all, 0, images * size_t(block.tokens) * row, main_));
+  PYRA_CUDA(cudaMemcpy2DAsync(all, size_t(block.tokens) * row, memory_.d_stream[size_t(stream_) + 1].get(), row, row,
+                              images, cudaMemcpyDeviceToDevice, main_));
 }
 
-/// To the gradient of attention's output, in memory_.rows, with proj's stride.
+/// To the gradient of attention's output, with proj's stride.
 void TrainStepRunner::projection_backward(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
   const TrainLinear& proj = block.proj;
+  const BlockMemory& m = memory_.blocks[size_t(index)];
   const int rows = memory_.batch * (block.class_alone ? 1 : block.tokens), channels = proj.out;
   const auto compute = model_.types.compute;
-  void *d_branch = memory_.branch.get(), *d_attended = memory_.rows.get();
+  void *d_branch = m.d_attention_branch.get(), *d_attended = m.d_attended.get();
   sum_columns(proj.bias_slot, d_branch, compute, channels, rows, channels);
   if (!block.class_alone) {
     product_backward(proj, d_branch, channels, rows, d_attended);
-    return low_rank_backward(proj, index, LinearKind::proj, d_branch, channels,
-                             memory_.blocks[size_t(index)].attended.get(), channels, nullptr, d_attended, rows);
+    return low_rank_backward(proj, index, LinearKind::proj, d_branch, channels, m.attended.get(), channels, nullptr,
+                             d_attended, rows);
   }
   const int64_t image = int64_t(block.tokens) * proj.in;
   PYRA_CUDA(cudaMemsetAsync(d_attended, 0, size_t(memory_.batch * image) * cuda::size_of(compute), main_));
   product_backward(proj, d_branch, channels, rows, d_attended, nullptr, image);
 }
 
-/// To the gradient of norm1's output, in d_norm1().
+/// To the gradient of norm1's output.
 void TrainStepRunner::backward_attention(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
-  const SavedBlock& saved = memory_.blocks[size_t(index)];
+  const BlockMemory& m = memory_.blocks[size_t(index)];
   const nn::VitConfig& config = model_.config;
   const int rows = memory_.batch * block.tokens, channels = int(config.embed_dim);
   const auto compute = model_.types.compute;
   projection_backward(index);
   if (!needed(position_of(index, Place::qkv))) return;
-  const void* d_attended = memory_.rows.get();
+  const void* d_attended = m.d_attended.get();
   if (block.proj.stride != channels) {
-    copy_rows(d_attended, block.proj.stride, memory_.spare.get(), channels, channels, rows);
-    d_attended = memory_.spare.get();
+    copy_rows(d_attended, block.proj.stride, m.packed_attended.get(), channels, channels, rows);
+    d_attended = m.packed_attended.get();
   }
-  cuda::attention_backward({.qkv = saved.qkv.get(),
+  cuda::attention_backward({.qkv = m.qkv.get(),
                             .sizes = model_.proportional_attention ? sizes() : nullptr,
-                            .out = saved.attended.get(),
-                            .log_sum = saved.log_sum.get<float>(),
+                            .out = m.attended.get(),
+                            .log_sum = m.log_sum.get<float>(),
                             .d_out = d_attended,
-                            .d_qkv = d_qkv(index),
+                            .d_qkv = m.d_qkv.get(),
                             .batch = memory_.batch,
                             .tokens = block.tokens,
                             .heads = int(config.num_heads),
                             .head_dim = int(config.embed_dim / config.num_heads),
                             .dtype = compute},
                            main_);
-  sum_columns(block.qkv.bias_slot, d_qkv(index), compute, block.qkv.out, rows, block.qkv.out);
+  sum_columns(block.qkv.bias_slot, m.d_qkv.get(), compute, block.qkv.out, rows, block.qkv.out);
   if (needed(position_of(index, Place::norm1)))
-    product_backward(block.qkv, d_qkv(index), block.qkv.out, rows, d_norm1(index));
+    product_backward(block.qkv, m.d_qkv.get(), block.qkv.out, rows, m.d_input1.get());
   else if (block.qkv.lora)
-    low_columns_backward(block.qkv, d_qkv(index), rows, d_norm1(index));
+    low_columns_backward(block.qkv, m.d_qkv.get(), rows, m.d_input1.get());
   qkv_gradients(index);
 }
 
@@ -436,9 +415,10 @@ void TrainStepRunner::backward_block(const TrainBatch& batch, int index) {
   if (!needed(position_of(index, Place::proj))) return;
   backward_attention(index);
   if (!needed(position_of(index, Place::norm1))) return;
-  const SavedBlock& saved = memory_.blocks[size_t(index)];
-  norm_backward(block.norm1, saved.normalised1, saved.inverse1, d_norm1(index), block.qkv.stride,
-                memory_.batch * block.tokens, block.tokens, index > 0 ? memory_.branch.get() : nullptr,
+  const BlockMemory& m = memory_.blocks[size_t(index)];
+  norm_backward(block.norm1, m.normalised1, m.inverse1, m.d_input1.get(), block.qkv.stride,
+                memory_.batch * block.tokens, block.tokens,
+                index > 0 ? memory_.blocks[size_t(index) - 1].d_hidden_branch.get() : nullptr,
                 scale_of(batch, index - 1, 1));
 }
 
@@ -448,11 +428,11 @@ void TrainStepRunner::backward_embed() {
   const int patches = int(config.patches()), channels = int(config.embed_dim);
   const auto prefix = size_t(config.protected_tokens());
   const size_t row = size_t(channels) * sizeof(float);
-  PYRA_CUDA(cudaMemcpy2DAsync(
-      memory_.wide.get(), size_t(patches) * row, memory_.d_stream[size_t(d_stream_)].get<char>() + prefix * row,
-      size_t(config.tokens()) * row, size_t(patches) * row, size_t(memory_.batch), cudaMemcpyDeviceToDevice, main_));
-  sum_columns(model_.patch_embed.bias_slot, memory_.wide.get(), DType::fp32, channels, memory_.batch * patches,
-              channels);
+  PYRA_CUDA(cudaMemcpy2DAsync(memory_.patch_gradient.get(), size_t(patches) * row,
+                              memory_.d_stream[0].get<char>() + prefix * row, size_t(config.tokens()) * row,
+                              size_t(patches) * row, size_t(memory_.batch), cudaMemcpyDeviceToDevice, main_));
+  sum_columns(model_.patch_embed.bias_slot, memory_.patch_gradient.get(), DType::fp32, channels,
+              memory_.batch * patches, channels);
 }
 
 }  // namespace pyra::engine

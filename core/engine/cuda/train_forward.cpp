@@ -94,13 +94,13 @@ void TrainStepRunner::embed(const TrainBatch& batch) {
                        .batch = memory_.batch,
                        .side = int(config.image_size),
                        .patch = int(config.patch_size),
-                       .out = memory_.wide.get(),
+                       .out = memory_.patches.get(),
                        .compute = model_.types.compute};
   std::copy_n(preprocess_.mean.begin(), 3, call.mean);
   std::copy_n(preprocess_.std.begin(), 3, call.std);
   cuda::extract_patches(call, main_);
-  product(model_.patch_embed, memory_.wide.get(), memory_.batch * patches, memory_.branch.get());
-  cuda::assemble_tokens({.embedded = memory_.branch.get(),
+  product(model_.patch_embed, memory_.patches.get(), memory_.batch * patches, memory_.embedded.get());
+  cuda::assemble_tokens({.embedded = memory_.embedded.get(),
                          .prefix = model_.prefix,
                          .positions = model_.positions,
                          .batch = memory_.batch,
@@ -111,41 +111,41 @@ void TrainStepRunner::embed(const TrainBatch& batch) {
                          .norm_weight = model_.blocks[0].norm1.weight,
                          .norm_bias = model_.blocks[0].norm1.bias,
                          .norm_eps = float(config.norm_eps),
-                         .y = memory_.rows.get(),
+                         .y = memory_.blocks[0].input1.get(),
                          .residual = DType::fp32,
                          .compute = model_.types.compute},
                         main_);
 }
 
-/// x += drop-path * branch, and with a norm what follows of it.
-void TrainStepRunner::add_and_norm(const float* branch_scale, bool adds, int tokens, const TrainNorm* norm,
-                                   DeviceMemory* normalised, DeviceMemory* inverse, int64_t y_stride) {
+/// x += drop-path * branch, where there is one, and then the norm, where there is one.
+void TrainStepRunner::add_and_norm(const float* branch_scale, const DeviceSpan* branch, int tokens,
+                                   const NormPlaces& then) {
   cuda::AddNormCall call{.x = memory_.stream[size_t(stream_)].get<float>(),
-                         .branch = adds ? memory_.branch.get() : nullptr,
+                         .branch = branch ? branch->get() : nullptr,
                          .branch_scale = branch_scale,
                          .rows_per_image = tokens,
                          .rows = memory_.batch * tokens,
                          .channels = int(model_.config.embed_dim),
                          .compute = model_.types.compute};
-  if (norm) {
-    call.weight = norm->weight;
-    call.bias = norm->bias;
+  if (then.norm) {
+    call.weight = then.norm->weight;
+    call.bias = then.norm->bias;
     call.eps = float(model_.config.norm_eps);
-    call.normalised = normalised->get();
-    call.inverse_deviation = inverse->get<float>();
-    call.y = memory_.rows.get();
-    call.y_stride = y_stride;
+    call.normalised = then.normalised->get();
+    call.inverse_deviation = then.inverse->get<float>();
+    call.y = then.y->get();
+    call.y_stride = then.y_stride;
   }
   cuda::add_norm(call, main_);
 }
 
 void TrainStepRunner::match(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
-  const SavedBlock& saved = memory_.blocks[size_t(index)];
+  const BlockMemory& m = memory_.blocks[size_t(index)];
   const nn::VitConfig& config = model_.config;
   PYRA_CUDA(cudaEventRecord(fork_, main_));
   PYRA_CUDA(cudaStreamWaitEvent(side_, fork_, 0));
-  cuda::match_bipartite({.qkv = saved.qkv.get(),
+  cuda::match_bipartite({.qkv = m.qkv.get(),
                          .batch = memory_.batch,
                          .tokens = block.tokens,
                          .heads = int(config.num_heads),
@@ -154,9 +154,9 @@ void TrainStepRunner::match(int index) {
                          .r = block.merge->merged,
                          .protected_tokens = int(config.protected_tokens()),
                          .in_side_a = block.merge->in_side_a,
-                         .keep = saved.keep.get<int32_t>(),
-                         .src = saved.src.get<int32_t>(),
-                         .dst = saved.dst.get<int32_t>()},
+                         .keep = m.keep.get<int32_t>(),
+                         .src = m.src.get<int32_t>(),
+                         .dst = m.dst.get<int32_t>()},
                         side_);
   PYRA_CUDA(cudaEventRecord(join_, side_));
 }
@@ -167,14 +167,14 @@ const float* TrainStepRunner::sizes() const {
 
 void TrainStepRunner::attend(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
-  SavedBlock& saved = memory_.blocks[size_t(index)];
+  const BlockMemory& m = memory_.blocks[size_t(index)];
   const nn::VitConfig& config = model_.config;
   const bool ranks = block.merge && block.merge->kind == DeviceMerge::Kind::rank;
-  cuda::attention({.qkv = saved.qkv.get(),
+  cuda::attention({.qkv = m.qkv.get(),
                    .sizes = model_.proportional_attention ? sizes() : nullptr,
-                   .out = saved.attended.get(),
-                   .class_rows = ranks ? memory_.class_rows.get<float>() : nullptr,
-                   .log_sum = saved.log_sum.get<float>(),
+                   .out = m.attended.get(),
+                   .class_rows = ranks ? m.class_rows.get<float>() : nullptr,
+                   .log_sum = m.log_sum.get<float>(),
                    .batch = memory_.batch,
                    .tokens = block.tokens,
                    .heads = int(config.num_heads),
@@ -186,12 +186,12 @@ void TrainStepRunner::attend(int index) {
 /// proj's input: attention's output, with room behind each row where there is a LoRA term.
 const void* TrainStepRunner::projection_input(int index) {
   const TrainLinear& proj = model_.blocks[size_t(index)].proj;
-  const SavedBlock& saved = memory_.blocks[size_t(index)];
-  if (!proj.lora) return saved.attended.get();
+  const BlockMemory& m = memory_.blocks[size_t(index)];
+  if (!proj.lora) return m.attended.get();
   const int rows = memory_.batch * model_.blocks[size_t(index)].tokens;
-  copy_rows(saved.attended.get(), proj.in, memory_.spare.get(), proj.stride, proj.in, rows);
-  low_rank_input(proj, index, LinearKind::proj, memory_.spare.get(), rows);
-  return memory_.spare.get();
+  copy_rows(m.attended.get(), proj.in, m.proj_input.get(), proj.stride, proj.in, rows);
+  low_rank_input(proj, index, LinearKind::proj, m.proj_input.get(), rows);
+  return m.proj_input.get();
 }
 
 /// Rows of the compute type from one stride to another.
@@ -203,13 +203,13 @@ void TrainStepRunner::copy_rows(const void* from, int from_stride, void* to, int
 
 void TrainStepRunner::merge(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
-  SavedBlock& saved = memory_.blocks[size_t(index)];
+  const BlockMemory& m = memory_.blocks[size_t(index)];
   const nn::VitConfig& config = model_.config;
   const DeviceMerge& merge = *block.merge;
   const bool ranks = merge.kind == DeviceMerge::Kind::rank;
   if (ranks)
     cuda::rank_tokens({.tokens = memory_.stream[size_t(stream_)].get(),
-                       .class_rows = memory_.class_rows.get<float>(),
+                       .class_rows = m.class_rows.get<float>(),
                        .batch = memory_.batch,
                        .token_count = block.tokens,
                        .heads = int(config.num_heads),
@@ -218,20 +218,20 @@ void TrainStepRunner::merge(int index) {
                        .prune = merge.prune,
                        .merge = merge.kept,
                        .protected_tokens = int(config.protected_tokens()),
-                       .keep = saved.keep.get<int32_t>(),
-                       .src = saved.src.get<int32_t>(),
-                       .dst = saved.dst.get<int32_t>(),
-                       .cosine = saved.cosine.get<float>()},
+                       .keep = m.keep.get<int32_t>(),
+                       .src = m.src.get<int32_t>(),
+                       .dst = m.dst.get<int32_t>(),
+                       .cosine = m.cosine.get<float>()},
                       main_);
   // Where fc1 has columns behind its input, the norm is written apart and then brought to its stride.
   const bool strided = block.fc1.stride != block.fc1.in;
-  void* normed = strided ? memory_.branch.get() : memory_.rows.get();
+  void* normed = strided ? m.attention_branch.get() : m.input2.get();
   cuda::merge_tokens({.x = memory_.stream[size_t(stream_)].get(),
                       .sizes = sizes(),
-                      .keep = saved.keep.get<int32_t>(),
-                      .src = saved.src.get<int32_t>(),
-                      .dst = saved.dst.get<int32_t>(),
-                      .src_size_scale = ranks ? saved.cosine.get<float>() : nullptr,
+                      .keep = m.keep.get<int32_t>(),
+                      .src = m.src.get<int32_t>(),
+                      .dst = m.dst.get<int32_t>(),
+                      .src_size_scale = ranks ? m.cosine.get<float>() : nullptr,
                       .weighted = merge.weighted,
                       .gate_a = merge.gate_a,
                       .gate_b = merge.gate_b,
@@ -251,20 +251,21 @@ void TrainStepRunner::merge(int index) {
                       .norm_bias = block.norm2.bias,
                       .norm_eps = float(config.norm_eps),
                       .y = normed,
-                      .normalised = saved.normalised2.get(),
-                      .inverse_deviation = saved.inverse2.get<float>()},
+                      .normalised = m.normalised2.get(),
+                      .inverse_deviation = m.inverse2.get<float>()},
                      main_);
   if (strided)
-    copy_rows(normed, block.fc1.in, memory_.rows.get(), block.fc1.stride, block.fc1.in, memory_.batch * merge.kept);
+    copy_rows(normed, block.fc1.in, m.input2.get(), block.fc1.stride, block.fc1.in, memory_.batch * merge.kept);
   ++stream_;
 }
 
 /// The class tokens' rows of attention's output through proj, and of the stream a copy to go on with.
 void TrainStepRunner::choose_class(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
-  cuda::LinearCall call = call_of(block.proj, memory_.blocks[size_t(index)].attended.get(), memory_.batch);
+  const BlockMemory& m = memory_.blocks[size_t(index)];
+  cuda::LinearCall call = call_of(block.proj, m.attended.get(), memory_.batch);
   call.x_stride = block.tokens * block.proj.in;
-  call.y = memory_.branch.get();
+  call.y = m.attention_branch.get();
   runner_.run(call, main_);
   const size_t row = size_t(model_.config.embed_dim) * sizeof(float);
   PYRA_CUDA(cudaMemcpy2DAsync(memory_.stream[size_t(stream_) + 1].get(), row, memory_.stream[size_t(stream_)].get(),
@@ -275,55 +276,54 @@ void TrainStepRunner::choose_class(int index) {
 /// From attention's output to norm2's, with the merge between them.
 void TrainStepRunner::project_and_add(const TrainBatch& batch, int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
-  SavedBlock& saved = memory_.blocks[size_t(index)];
+  const BlockMemory& m = memory_.blocks[size_t(index)];
   if (block.class_alone)
     choose_class(index);
   else
-    product(block.proj, projection_input(index), memory_.batch * block.tokens, memory_.branch.get());
+    product(block.proj, projection_input(index), memory_.batch * block.tokens, m.attention_branch.get());
   if (block.merge) {
     if (block.merge->kind == DeviceMerge::Kind::bipartite) PYRA_CUDA(cudaStreamWaitEvent(main_, join_, 0));
-    add_and_norm(scale_of(batch, index, 0), true, block.tokens, nullptr, nullptr, nullptr, 0);
+    add_and_norm(scale_of(batch, index, 0), &m.attention_branch, block.tokens);
     return merge(index);
   }
-  add_and_norm(scale_of(batch, index, 0), true, block.tokens_after(), &block.norm2, &saved.normalised2, &saved.inverse2,
-               block.fc1.stride);
+  add_and_norm(scale_of(batch, index, 0), &m.attention_branch, block.tokens_after(),
+               {&block.norm2, &m.normalised2, &m.inverse2, &m.input2, block.fc1.stride});
 }
 
 void TrainStepRunner::forward_block(const TrainBatch& batch, int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
-  SavedBlock& saved = memory_.blocks[size_t(index)];
+  const BlockMemory& m = memory_.blocks[size_t(index)];
   const int before = memory_.batch * block.tokens, after = memory_.batch * block.tokens_after();
   // What the block before added to the stream is added here, where its sum is read anyway.
-  add_and_norm(scale_of(batch, index - 1, 1), index > 0, block.tokens, &block.norm1, &saved.normalised1,
-               &saved.inverse1, block.qkv.stride);
-  low_rank_input(block.qkv, index, LinearKind::qkv, memory_.rows.get(), before);
-  product(block.qkv, memory_.rows.get(), before, saved.qkv.get());
+  add_and_norm(scale_of(batch, index - 1, 1), index > 0 ? &memory_.blocks[size_t(index) - 1].hidden_branch : nullptr,
+               block.tokens, {&block.norm1, &m.normalised1, &m.inverse1, &m.input1, block.qkv.stride});
+  low_rank_input(block.qkv, index, LinearKind::qkv, m.input1.get(), before);
+  product(block.qkv, m.input1.get(), before, m.qkv.get());
   if (block.merge && block.merge->kind == DeviceMerge::Kind::bipartite) match(index);
   attend(index);
   project_and_add(batch, index);
-  low_rank_input(block.fc1, index, LinearKind::fc1, memory_.rows.get(), after);
+  low_rank_input(block.fc1, index, LinearKind::fc1, m.input2.get(), after);
   hidden_rows(index);
-  low_rank_input(block.fc2, index, LinearKind::fc2, memory_.wide.get(), after);
-  product(block.fc2, memory_.wide.get(), after, memory_.branch.get());
+  low_rank_input(block.fc2, index, LinearKind::fc2, m.activated.get(), after);
+  product(block.fc2, m.activated.get(), after, m.hidden_branch.get());
 }
 
-/// fc1 and GELU: what GELU is applied to is kept in saved.hidden, the result stands in memory_.wide; both with fc2's
-/// stride.
+/// fc1 and GELU, both with fc2's stride.
 void TrainStepRunner::hidden_rows(int index) {
   const TrainBlock& block = model_.blocks[size_t(index)];
-  SavedBlock& saved = memory_.blocks[size_t(index)];
+  const BlockMemory& m = memory_.blocks[size_t(index)];
   const int rows = memory_.batch * block.tokens_after();
-  cuda::LinearCall call = call_of(block.fc1, memory_.rows.get(), rows);
+  cuda::LinearCall call = call_of(block.fc1, m.input2.get(), rows);
   call.y_stride = block.fc2.stride;
   if (exact_gelu_) {
-    call.y = saved.hidden.get();
+    call.y = m.hidden.get();
     runner_.run(call, main_);
-    cuda::gelu_forward(saved.hidden.get(), memory_.wide.get(), model_.types.compute, int64_t(rows) * block.fc2.stride,
+    cuda::gelu_forward(m.hidden.get(), m.activated.get(), model_.types.compute, int64_t(rows) * block.fc2.stride,
                        /*tanh=*/false, main_);
     return;
   }
-  call.y = memory_.wide.get();
-  call.activation = saved.hidden.get();
+  call.y = m.activated.get();
+  call.activation = m.hidden.get();
   call.epilogue = cuda::Epilogue::gelu_tanh_keep;
   runner_.run(call, main_);
 }
@@ -331,7 +331,7 @@ void TrainStepRunner::hidden_rows(int index) {
 void TrainStepRunner::head(const TrainBatch& batch) {
   const nn::VitConfig& config = model_.config;
   const int channels = int(config.embed_dim), tokens = model_.blocks.back().tokens_after();
-  add_and_norm(scale_of(batch, int(config.depth) - 1, 1), true, tokens, nullptr, nullptr, nullptr, 0);
+  add_and_norm(scale_of(batch, int(config.depth) - 1, 1), &memory_.blocks.back().hidden_branch, tokens);
   const float* x = memory_.stream[size_t(stream_)].get<float>();
   int64_t stride = int64_t(tokens) * channels;
   if (config.pool == nn::Pool::avg) {

@@ -2,47 +2,9 @@
 // cuda_trainer.cpp.
 #pragma once
 #include "engine/cuda/forward.h"
-#include "engine/cuda/train_model.h"
+#include "engine/cuda/train_memory.h"
 
 namespace pyra::engine {
-
-/// What the forward pass of a block leaves for the way back.
-struct SavedBlock {
-  DeviceMemory normalised1, normalised2;  ///< [rows,C] compute: norm1's and norm2's rows before weight and bias
-  DeviceMemory inverse1, inverse2;        ///< [rows] fp32
-  std::array<DeviceMemory, 4> low;        ///< [rows,padded] compute: drop(x) Aᵀ, at the index of the linear kind
-  DeviceMemory qkv;                       ///< [rows,3C] compute; on the way back norm1's gradient (d_norm1)
-  DeviceMemory attended, log_sum;         ///< [rows,C] compute, [B,H,N] fp32
-  DeviceMemory hidden;  ///< [rows,fc2.stride] compute: before GELU; on the way back d_qkv, if larger for it
-  DeviceMemory keep, src, dst, cosine;  ///< the plan
-};
-
-/// All memory of a step, planned once for its one batch size.
-struct TrainMemory {
-  TrainMemory() = default;
-  TrainMemory(const TrainModel& model, int batch);
-  /// Bytes that `batch` images would take.
-  [[nodiscard]] static size_t bytes_for(const TrainModel& model, int batch);
-
-  int batch = 0;
-  size_t bytes = 0;
-  std::vector<DeviceMemory> stream;  ///< fp32; the one before each merge or choice of class tokens, and the last
-  std::vector<DeviceMemory> sizes;   ///< [B,N], of the tokens after each merge
-  std::vector<SavedBlock> blocks;
-  std::array<DeviceMemory, 2> d_stream;  ///< [B,N,C] fp32
-  DeviceMemory rows;                     ///< [rows,C + columns] compute: a norm's output; its gradient
-  DeviceMemory branch;                   ///< [rows,C] compute: what proj and fc2 add to the stream; its gradient
-  DeviceMemory wide;                     ///< patches, hidden rows after GELU; gradients of hidden rows and of q, k, v
-  DeviceMemory spare;                    ///< [rows,stride] compute, where proj or fc2 have a LoRA term: their inputs
-  DeviceMemory class_rows;
-  DeviceMemory pooled, features_normalised, features_inverse, features, d_features;
-  DeviceMemory logits, d_logits;
-  std::vector<DeviceMemory> partials;  ///< gradients' partial sums
-
- private:
-  template <class Allocate>
-  void plan(const TrainModel& model, int images, const Allocate& allocate);
-};
 
 /// Where a step finds its batch, on the device.
 struct TrainBatch {
@@ -53,6 +15,13 @@ struct TrainBatch {
   kernels::cuda::StepStatus* status = nullptr;
   const float* teacher = nullptr;  ///< [B,classes], or null
   Distillation distillation{};     ///< how much it counts
+};
+
+/// A norm and where its results go.
+struct NormPlaces {
+  const TrainNorm* norm = nullptr;
+  const DeviceSpan *normalised = nullptr, *inverse = nullptr, *y = nullptr;
+  int64_t y_stride = 0;
 };
 
 class TrainStepRunner {
@@ -80,8 +49,7 @@ class TrainStepRunner {
 
   void embed(const TrainBatch& batch);
   void forward_block(const TrainBatch& batch, int index);
-  void add_and_norm(const float* branch_scale, bool adds, int tokens, const TrainNorm* norm, DeviceMemory* normalised,
-                    DeviceMemory* inverse, int64_t y_stride);
+  void add_and_norm(const float* branch_scale, const DeviceSpan* branch, int tokens, const NormPlaces& then = {});
   void low_rank_input(const TrainLinear& layer, int block, sdk::LinearKind kind, void* input, int rows);
   [[nodiscard]] kernels::cuda::LinearCall call_of(const TrainLinear& layer, const void* x, int rows) const;
   void product(const TrainLinear& layer, const void* x, int rows, void* y);
@@ -105,8 +73,8 @@ class TrainStepRunner {
   void backward_embed();
   void projection_backward(int index);
   void spread_class(int index);
-  void norm_backward(const TrainNorm& norm, const DeviceMemory& normalised, const DeviceMemory& inverse,
-                     const void* d_y, int64_t stride, int rows, int tokens, void* d_branch, const float* scale);
+  void norm_backward(const TrainNorm& norm, const DeviceSpan& normalised, const DeviceSpan& inverse, const void* d_y,
+                     int64_t stride, int rows, int tokens, void* d_branch, const float* scale);
   void product_backward(const TrainLinear& layer, const void* dy, int64_t dy_stride, int rows, void* dx,
                         const void* activation = nullptr, int64_t dx_stride = 0);
   void low_columns_backward(const TrainLinear& layer, const void* dy, int rows, void* d_input);
@@ -117,9 +85,6 @@ class TrainStepRunner {
   void a_gradient(const TrainLinear& layer, const void* x, int64_t x_stride, const TrainNorm* norm, void* d_input,
                   int rows, bool input_needed, cudaStream_t stream);
   void qkv_gradients(int index);
-  [[nodiscard]] bool apart(int index) const;
-  [[nodiscard]] void* d_qkv(int index) const;
-  [[nodiscard]] void* d_norm1(int index) const;
   cudaStream_t begin_aside();
   void end_aside();
   void sum_columns(TrainedSlot slot, const void* d, DType dtype, int64_t stride, int rows, int channels,
@@ -135,8 +100,7 @@ class TrainStepRunner {
   cudaStream_t aside_ = nullptr;  ///< of lower priority: gradients that only the optimiser waits for
   cudaEvent_t fork_ = nullptr, join_ = nullptr;
   // Where the pass being enqueued stands.
-  int stream_ = 0;    ///< of memory_.stream
-  int d_stream_ = 0;  ///< of memory_.d_stream
+  int stream_ = 0;  ///< of memory_.stream and memory_.d_stream
   bool exact_gelu_ = false;
   bool aside_runs_ = false;  ///< has work that main_ has not waited for
 };
