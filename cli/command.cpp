@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <sstream>
@@ -131,9 +132,13 @@ std::string explain(const CLI::ParseError& error, const CLI::App& root) {
 }
 
 std::string printable(std::string_view text) {
-  std::string safe(text);
-  for (char& c : safe)
-    if ((static_cast<unsigned char>(c) < 0x20 && c != '\n' && c != '\t') || c == 0x7f) c = '?';
+  std::string safe;
+  for (size_t at = 0; at <= text.size();) {
+    const size_t end = std::min(text.find_first_of("\n\t", at), text.size());
+    safe += pyra::printable(text.substr(at, end - at), end - at);
+    if (end < text.size()) safe += text[end];
+    at = end + 1;
+  }
   return safe;
 }
 

@@ -62,7 +62,7 @@ void write_stdout(std::string_view text);
 /// What went wrong with a command line, in one line, with the nearest name of an option or a subcommand.
 [[nodiscard]] std::string explain(const CLI::ParseError& error, const CLI::App& root);
 
-/// Text from files and file names, safe on a terminal: control characters but newline and tab become '?'.
+/// Text from files and file names, safe on a terminal: control characters but newline and tab as \xNN.
 [[nodiscard]] std::string printable(std::string_view text);
 
 /// A document made of `text`; bytes that are no UTF-8 (file names may hold any) become U+FFFD.

@@ -73,18 +73,32 @@ std::string did_you_mean(std::string_view word, std::span<const std::string> can
   return hint.empty() ? std::string{} : cat("; did you mean '", hint, "'?");
 }
 
+namespace {
+
+/// How many bytes the control character at `at` has, 0 where there is none: C0 and DEL have one, C1 (U+0080 to U+009F,
+/// among them CSI, which opens a terminal's commands as ESC [ does) two.
+size_t control_bytes(std::string_view text, size_t at) {
+  const auto byte = [&](size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0; };
+  if (byte(at) == 0xC2) return (byte(at + 1) & 0xE0) == 0x80 ? 2 : 0;
+  return byte(at) < 0x20 || byte(at) == 0x7F ? 1 : 0;
+}
+
+}  // namespace
+
 std::string printable(std::string_view text, size_t limit) {
   constexpr std::string_view kHex = "0123456789abcdef";
   size_t length = std::min(text.size(), limit);
   // Not in the middle of a UTF-8 character.
   while (length < text.size() && length > 0 && (static_cast<unsigned char>(text[length]) & 0xC0) == 0x80) --length;
   std::string shown;
-  for (const char letter : text.substr(0, length)) {
-    const auto byte = static_cast<unsigned char>(letter);
-    if (byte >= 0x20 && byte != 0x7F) {
-      shown += letter;
+  for (size_t i = 0, control = 0; i < length; ++i) {
+    const auto byte = static_cast<unsigned char>(text[i]);
+    if (control == 0) control = control_bytes(text.substr(0, length), i);
+    if (control == 0) {
+      shown += text[i];
     } else {
       shown.append("\\x").append(1, kHex[byte >> 4]).append(1, kHex[byte & 15]);
+      --control;
     }
   }
   if (length < text.size()) shown += "…";

@@ -7,6 +7,10 @@ namespace pyra {
 TEST_CASE("text from a file is shown without what a terminal would obey") {
   CHECK(printable("plain é") == "plain é");
   CHECK(printable("a\n\x1b[2J\x7f") == "a\\x0a\\x1b[2J\\x7f");
+  CHECK(printable("a\xc2\x9b"
+                  "2Jb\xc2\x80\xc2\x9f") == "a\\xc2\\x9b2Jb\\xc2\\x80\\xc2\\x9f");  // CSI in one character
+  CHECK(printable("\xc2\xa0§") == "\xc2\xa0§");
+  CHECK(printable("a\xc2") == "a\xc2");
   CHECK(printable("") == "");
 }
 

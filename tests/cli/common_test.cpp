@@ -168,6 +168,11 @@ TEST_CASE("names from outside cannot steer the terminal") {
   CHECK(result.exit_code == 3);
   CHECK(result.err.find("such file") != std::string::npos);
   CHECK(result.err.find('\x1b') == std::string::npos);
+  const RunResult one = pyractl({"inspect",
+                                 "no\xc2\x9b"
+                                 "31msuch file\xc3\xa9"},
+                                shop.path());
+  CHECK(one.err.find("no\\xc2\\x9b31msuch file\xc3\xa9") != std::string::npos);
 }
 
 TEST_CASE("progress: a bar on a terminal, lines elsewhere, nothing with --quiet") {
