@@ -107,7 +107,9 @@ bool Dataset::has_split(const std::string& name) const {
 
 const std::vector<Sample>& Dataset::split(const std::string& name) const {
   if (const auto* samples = find(state_->catalogue, name)) return *samples;
-  fail(ExitCode::input, path().string(), ": no split '", name, "'; there are ", join(splits()));
+  std::vector<std::string> there = splits();  // names of folders, which others chose
+  for (std::string& split : there) split = printable(split);
+  fail(ExitCode::input, path().string(), ": no split '", printable(name), "'; there are ", join(there));
 }
 
 std::string Dataset::describe(const Sample& sample) const {

@@ -22,12 +22,12 @@ class FolderStore final : public FileStore {
     const fs::path path = root_ / name;
     std::error_code error;
     const uint64_t size = fs::file_size(path, error);
-    if (error) fail(ExitCode::input, path.string(), ": ", error.message());
-    if (size > kMaxFileBytes) fail(ExitCode::input, path.string(), ": ", size, " bytes; at most ", kMaxFileBytes);
+    if (error) fail(ExitCode::input, describe(name), ": ", error.message());
+    if (size > kMaxFileBytes) fail(ExitCode::input, describe(name), ": ", size, " bytes; at most ", kMaxFileBytes);
     std::vector<uint8_t> bytes(size);
     std::ifstream in(path, std::ios::binary);
     if (!in.read(reinterpret_cast<char*>(bytes.data()), std::streamsize(size))) {
-      fail(ExitCode::input, path.string(), ": cannot be read");
+      fail(ExitCode::input, describe(name), ": cannot be read");
     }
     return bytes;
   }
@@ -49,7 +49,7 @@ class FolderStore final : public FileStore {
     return only;
   }
 
-  std::string describe(const std::string& name) const override { return (root_ / name).string(); }
+  std::string describe(const std::string& name) const override { return (root_ / shown_name(name)).string(); }
 
  private:
   static fs::directory_iterator items(const fs::path& folder) {
@@ -101,6 +101,10 @@ std::optional<std::string> safe_path(std::string_view path) {
   }
   if (clean.empty()) return {};
   return clean;
+}
+
+std::string shown_name(const std::string& name) {
+  return printable(name, kMaxShownName);
 }
 
 bool is_hidden(std::string_view path) {

@@ -21,7 +21,8 @@ class FileStore {
   [[nodiscard]] virtual std::vector<std::string> names() const = 0;
   /// The name of the one folder at the root, if there is exactly one.
   [[nodiscard]] virtual std::optional<std::string> only_folder() const = 0;
-  /// How messages name a file: "set/images/1.png", "set.tar: images/1.png".
+  /// How messages name a file: "set/images/1.png", "set.tar: images/1.png". Others chose the name: control characters
+  /// in it are escaped.
   [[nodiscard]] virtual std::string describe(const std::string& name) const = 0;
 };
 
@@ -36,6 +37,10 @@ inline constexpr uint64_t kMaxFileBytes = 1ull << 31;
 /// The path without "." and doubled slashes; nothing for an absolute one, one with "..", and the empty one: what
 /// others wrote must not lead out of the root.
 [[nodiscard]] std::optional<std::string> safe_path(std::string_view path);
+
+/// A name from a data set, for messages.
+[[nodiscard]] std::string shown_name(const std::string& name);
+inline constexpr size_t kMaxShownName = 1024;
 
 /// Whether a file or one of its folders is hidden: its name begins with a dot.
 [[nodiscard]] bool is_hidden(std::string_view path);

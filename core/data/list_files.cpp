@@ -40,18 +40,19 @@ std::vector<std::string> read_class_names(const FileStore& store, const std::str
 Sample parse_line(std::string_view line, const std::string& root, int64_t classes, const std::string& where) {
   // The path may hold spaces, the label cannot.
   const size_t space = line.rfind(' ');
-  if (space == std::string_view::npos) fail(ExitCode::input, where, ": got '", line, "'; expected 'path label'");
+  if (space == std::string_view::npos)
+    fail(ExitCode::input, where, ": got '", printable(line), "'; expected 'path label'");
   const std::string_view path = trimmed_end(line.substr(0, space)), label = line.substr(space + 1);
   Sample sample;
   const auto [end, error] = std::from_chars(label.data(), label.data() + label.size(), sample.label);
   if (error != std::errc{} || end != label.data() + label.size()) {
-    fail(ExitCode::input, where, ": label '", label, "' is not a number; expected 'path label'");
+    fail(ExitCode::input, where, ": label '", printable(label), "' is not a number; expected 'path label'");
   }
   if (sample.label < 0 || sample.label >= classes) {
     fail(ExitCode::input, where, ": label ", sample.label, " is out of range; expected 0 to ", classes - 1);
   }
   const auto safe = safe_path(path);
-  if (!safe) fail(ExitCode::input, where, ": path '", path, "' leads out of the data set");
+  if (!safe) fail(ExitCode::input, where, ": path '", printable(path), "' leads out of the data set");
   sample.path = root + *safe;
   return sample;
 }

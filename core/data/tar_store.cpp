@@ -61,7 +61,7 @@ void add_member(archive* reader, archive_entry* entry, uint64_t file_size, const
   if (!name) return;
   const auto size = archive_entry_size(entry), offset = archive_filter_bytes(reader, 0);
   if (size < 0 || offset < 0 || uint64_t(offset) > file_size || uint64_t(size) > file_size - uint64_t(offset)) {
-    fail(ExitCode::input, path, ": member ", *name, " of ", size, " bytes at ", offset,
+    fail(ExitCode::input, path, ": member ", printable(*name), " of ", size, " bytes at ", offset,
          " does not fit in the archive's ", file_size, " bytes; the archive is cut or damaged");
   }
   // As tar itself does: a later member of the same name replaces an earlier one.
@@ -74,7 +74,8 @@ Index read_index(int fd, uint64_t file_size, const std::string& path) {
   constexpr size_t kBlockBytes = 64 << 10;
   const auto refuse = [&] {
     const char* reason = archive_error_string(reader.get());
-    fail(ExitCode::input, path, ": not a readable .tar: ", reason ? reason : "unknown reason");
+    fail(ExitCode::input, path,
+         ": not a readable .tar: ", reason ? printable(reason, kMaxNameBytes) : "unknown reason");
   };
   if (archive_read_support_format_tar(reader.get()) != ARCHIVE_OK ||
       archive_read_open_fd(reader.get(), fd, kBlockBytes) != ARCHIVE_OK) {
@@ -132,7 +133,7 @@ class TarStore final : public FileStore {
     return only;
   }
 
-  std::string describe(const std::string& name) const override { return path_ + ": " + name; }
+  std::string describe(const std::string& name) const override { return cat(path_, ": ", shown_name(name)); }
 
  private:
   std::string path_;

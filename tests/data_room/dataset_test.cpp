@@ -131,6 +131,26 @@ TEST_CASE("every fault of a list file is named by file and line") {
   check_error(ExitCode::input, {"val200.txt:1", "1048575"}, [&] { (void)Dataset::open(folder.path()); });
 }
 
+TEST_CASE("names and lines that others wrote are shown without their control characters, and not at any length") {
+  const TempDir folder;
+  const auto message = [&](const Files& files) {
+    write_tar(folder / "set.tar", files);
+    const auto error = test::error_of([&] {
+      const Dataset dataset = Dataset::open(folder / "set.tar");
+      (void)dataset.read(dataset.split("test")[0]);
+    });
+    return error ? std::string(error->what()) : "";
+  };
+  const std::string image = "a\x1b[2J\n.png", shown = "a\\x1b[2J\\x0a.png";
+  CHECK(message({{"test.txt", "a\x1b[2J.png 0\n"}}).find("set.tar: a\\x1b[2J.png (test.txt:1)") != std::string::npos);
+  CHECK(message({{"test.txt", "/\x1b[2J.png 0\n"}}).find("'/\\x1b[2J.png' leads") != std::string::npos);
+  CHECK(message({{"test.txt", "a.png \x1b\n"}}).find("label '\\x1b'") != std::string::npos);
+  CHECK(message({{"test.txt", "\x1b" + std::string(100'000, 'x') + "\n"}}).size() < 1000);
+  CHECK(message({{"b/" + image, ""}, {"c/d/e.png", ""}}).find(shown + " does not lie as deep") != std::string::npos);
+  put(folder / "cut.tar", tar_member(image, std::string(2000, 'a'), "").substr(0, 1024));
+  test::check_error(ExitCode::input, {"member " + shown}, [&] { (void)Dataset::open(folder / "cut.tar"); });
+}
+
 TEST_CASE("faults of list files are collected where they are asked for") {
   const TempDir folder;
   write_folder(folder.path(), {{"classes.txt", "cat\ndog\n"},
