@@ -41,6 +41,7 @@ class Shards {
     if (files.size() > kMaxShards)
       fail(ExitCode::input, index.string(), ": ", files.size(), " files, expected at most ", kMaxShards);
     for (const std::string& file : files) open(file);
+    for (const auto& [tensor, file] : map.whole().items()) check_place(tensor, file.get<std::string>(), index);
   }
 
   [[nodiscard]] bool has(const std::string& name) const { return where_.contains(name); }
@@ -54,10 +55,26 @@ class Shards {
 
  private:
   void open(const std::string& name) {
-    if (name.empty() || name.find('/') != name.npos || name == "." || name == "..")
-      fail(ExitCode::input, folder_.string(), ": the index names '", name, "', expected files of this folder");
+    const std::string shown = printable(name, name.size());
+    if (name.empty() || name.find('/') != name.npos || name == "." || name == ".." || shown != name)
+      fail(ExitCode::input, folder_.string(), ": the index names '", printable(name),
+           "', expected files of this folder");
     files_.push_back(std::make_unique<SafetensorsFile>(folder_ / name));
-    for (const auto& [tensor, entry] : files_.back()->entries()) where_[tensor] = files_.back().get();
+    for (const auto& [tensor, entry] : files_.back()->entries()) {
+      const auto [first, is_new] = where_.emplace(tensor, files_.back().get());
+      if (!is_new)
+        fail(ExitCode::input, files_.back()->path().string(), ": tensor '", printable(tensor), "' stands in ",
+             first->second->path().filename().string(), " too");
+    }
+  }
+
+  /// A file of another model, or of another version of this one, is told by what the index says of it.
+  void check_place(const std::string& tensor, const std::string& file, const fs::path& index) const {
+    const auto found = where_.find(tensor);
+    if (found == where_.end() || found->second->path().filename() != file)
+      fail(ExitCode::input, index.string(), ": names tensor '", printable(tensor), "' in ", file,
+           found == where_.end() ? ", which does not hold it"
+                                 : cat(", but it is in ", found->second->path().filename().string()));
   }
 
   fs::path folder_;

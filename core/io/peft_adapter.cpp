@@ -222,7 +222,8 @@ void AdapterReader::take_terms() {
     if (module.find("pooler.") != std::string::npos) continue;
     const std::string a_key = cat(kPeftPrefix, module, kA), b_key = cat(kPeftPrefix, module, kB);
     for (const std::string& key : {a_key, b_key})
-      if (!file_.contains(key)) fail(ExitCode::input, where_, ": has no tensor '", key, "', the other half of a term");
+      if (!file_.contains(key))
+        fail(ExitCode::input, where_, ": has no tensor '", printable(key), "', the other half of a term");
     const auto found = slots_.find(module + ".weight");
     if (found == slots_.end() || found->second.shape.size() < 2)
       fail(ExitCode::input, where_, ": tensor '", printable(a_key), "' is a term of no layer of the base model (",

@@ -143,6 +143,26 @@ TEST_CASE("a preprocessor's statistics and sizes are taken over", "[hf]") {
   check_error(ExitCode::input, {"preprocessor_config.json", "size", "8"}, [&] { (void)read_model(folder); });
 }
 
+TEST_CASE("an index and its files have to agree on where each tensor is", "[hf]") {
+  const test::TempDir dir;
+  const fs::path folder = dir / "vit", index = folder / "model.safetensors.index.json";
+  fs::copy(kHfFolders / "vit_sharded", folder);
+  const nlohmann::json good = nlohmann::json::parse(read_file(index, 1 << 20));
+  const std::string first = "model-00001-of-00002.safetensors", second = "model-00002-of-00002.safetensors";
+  const auto refuses = [&](const std::string& tensor, const std::string& file, const std::vector<std::string>& words) {
+    nlohmann::json changed = good;
+    changed["weight_map"][tensor] = file;
+    write_file(index, changed.dump());
+    check_error(ExitCode::input, words, [&] { (void)read_model(folder); });
+  };
+  const std::string moved = good["weight_map"].begin().key(), was = good["weight_map"].begin().value();
+  refuses(moved, was == first ? second : first, {"index.json", moved, "but it is in " + was});
+  refuses("vit.no_such", first, {"index.json", "'vit.no_such'", first, "does not hold it"});
+  write_file(index, good.dump());
+  fs::copy_file(folder / first, folder / second, fs::copy_options::overwrite_existing);
+  check_error(ExitCode::input, {second, "stands in " + first}, [&] { (void)read_model(folder); });
+}
+
 TEST_CASE("a folder that is another model's or damaged is refused by file and key", "[hf]") {
   const test::TempDir dir;
   const auto refuses = [&](const std::string& key, const nlohmann::json& value, const std::vector<std::string>& words) {
@@ -164,7 +184,7 @@ TEST_CASE("a folder that is another model's or damaged is refused by file and ke
   const fs::path folder = copy_of_vit(dir);
   fs::remove(folder / kHfWeights);
   check_error(ExitCode::input, {"model.safetensors"}, [&] { (void)read_model(folder); });
-  for (const char* file : {"../vit/model.safetensors", "..", "", "/etc/passwd"}) {
+  for (const char* file : {"../vit/model.safetensors", "..", "", "/etc/passwd", "a\nb", "a\x1b[2J"}) {
     write_file(folder / "model.safetensors.index.json",
                nlohmann::json{{"weight_map", {{"vit.embeddings.cls_token", file}}}}.dump());
     CAPTURE(file);
