@@ -220,6 +220,42 @@ TEST_CASE("an image's cuda merge does not depend on its batch mates", "[cuda][me
   }
 }
 
+TEST_CASE("an image's cuda merge does not depend on how many blocks share it", "[cuda][merge][gpu]") {
+  PYRA_NEEDS_GPU();
+  // Batches that a large GPU cuts into clusters of 8, 4 and 2 and single blocks; the pairs of the schedules of a ViT-B,
+  // fewer pairs than blocks, odd numbers, and more than all chains of sums.
+  const auto& shape =
+      GENERATE(Sizes{300, 197, 157, 40, 768}, Sizes{300, 157, 123, 34, 768}, Sizes{300, 51, 37, 14, 768},
+               Sizes{300, 8, 5, 3, 768}, Sizes{300, 197, 181, 16, 768}, Sizes{300, 37, 36, 1, 768},
+               Sizes{300, 65, 40, 25, 1024}, Sizes{300, 90, 45, 45, 200}, Sizes{9, 66, 33, 33, 1280});
+  const auto& types = GENERATE(Types{DType::fp32, DType::bf16}, Types{DType::bf16, DType::bf16});
+  CAPTURE(int(types.residual), shape.tokens, shape.kept, shape.merged, shape.channels);
+  const Case c = make(shape, kVariants[1], types.residual);
+  const Result all = run(c, types);
+  for (const int64_t batch : {1, 3, 9, 40, 128}) {
+    if (batch > shape.batch) continue;
+    CAPTURE(batch);
+    const at::Tensor last = at::arange(shape.batch - batch, shape.batch, at::kLong);
+    CHECK(all.images(last).equals(run(images(c, last), types)));
+  }
+}
+
+TEST_CASE("a cuda merge where all go to one token, or the last ones", "[cuda][merge][gpu]") {
+  PYRA_NEEDS_GPU();
+  const int64_t first = GENERATE(0, 5, 122, 156);
+  const int64_t batch = GENERATE(1, 3, 128);
+  CAPTURE(first, batch);
+  const Sizes shape{batch, 197, 157, 40, 768};
+  const Types types{DType::fp32, DType::bf16};
+  Case c = make(shape, kVariants[1], types.residual);
+  c.plan.dst = c.plan.dst.remainder(157 - first).clamp_max(first == 5 ? 0 : 156) + first;
+  const Case d = in_double(c);
+  const auto expected = kernels::merge_tokens_reference(d.x, d.sizes, d.plan);
+  const Result got = run(c, types);
+  CHECK(relative_difference(got.x, expected.tokens) < limit(types.residual));
+  CHECK(relative_difference(got.sizes, expected.sizes) < 1e-6);
+}
+
 TEST_CASE("cuda merge refuses calls it cannot serve", "[cuda][merge][gpu]") {
   PYRA_NEEDS_GPU();
   MergeCall call;
