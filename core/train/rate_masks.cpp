@@ -43,6 +43,16 @@ KeptCounts kept_counts(const Rates& rates, int64_t tokens) {
   return counts;
 }
 
+std::vector<kernels::SoftCounts> soft_counts(const KeptCounts& counts, int64_t tokens) {
+  std::vector<kernels::SoftCounts> blocks;
+  int present = int(tokens);
+  for (size_t block = 0; block < counts.prune.size(); ++block) {
+    blocks.push_back({.present = present, .pruned = int(counts.prune[block]), .kept = int(counts.merge[block])});
+    present = blocks.back().kept;
+  }
+  return blocks;
+}
+
 at::Tensor soft_macs(const nn::VitConfig& config, const Rates& rates) {
   const std::vector<int64_t> kept = kept_counts(rates, config.tokens()).merge;
   at::Tensor macs = at::scalar_tensor(double(nn::count_macs(config, kept)), at::kDouble);
@@ -62,6 +72,7 @@ at::Tensor soft_macs(const nn::VitConfig& config, const Rates& rates) {
 RateMasks::RateMasks(const nn::VitConfig& config, const Rates& rates, int64_t batch, bool proportional)
     : config_(config),
       rates_(rates),
+      counts_(soft_counts(kept_counts(rates, config.tokens()), config.tokens())),
       proportional_(proportional),
       mask_(at::ones({batch, config.tokens()}, at::kFloat)),
       sizes_(mask_),
@@ -76,8 +87,8 @@ at::Tensor RateMasks::attend(int64_t, const at::Tensor& qkv) {
 
 at::Tensor RateMasks::reduce(int64_t block, const at::Tensor& x) {
   const Rate &prune = rates_.prune[size_t(block)], &merge = rates_.merge[size_t(block)];
-  const int64_t tokens = x.size(1), before = present_;
-  const int64_t pruned = std::min(before, prune.count), kept = std::min(pruned, merge.count), tail = pruned - kept;
+  const kernels::SoftCounts& counts = counts_[size_t(block)];
+  const int64_t tokens = x.size(1), pruned = counts.pruned, kept = counts.kept, tail = counts.tail();
   // A token that is gone gets the least attention of all, but another may have got as little.
   const at::Tensor attention = class_attention_.masked_fill(mask_.detach() < 0.5, -1.0);
   const kernels::Ranking ranking =
@@ -93,7 +104,7 @@ at::Tensor RateMasks::reduce(int64_t block, const at::Tensor& x) {
 
   const at::Tensor order = at::cat({ranking.keep, ranking.src}, 1);
   sizes_ = sizes_.gather(1, order);
-  if (tail > 0) {
+  if (counts.merges()) {
     // Clamped, for the logarithm's sake: a cosine may be small or negative.
     at::Tensor sizes = sizes_.clone();
     sizes.narrow(1, kept, tail).mul_(ranking.cosine.narrow(1, 0, tail));
@@ -102,8 +113,8 @@ at::Tensor RateMasks::reduce(int64_t block, const at::Tensor& x) {
     sizes_ = sizes;
   }
   mask_ = mask_.gather(1, order);
-  if (pruned < before) mask_ = mask_ * survival_mask(prune, before);
-  if (tail > 0) mask_ = mask_ * survival_mask(merge, pruned);
+  if (counts.prunes()) mask_ = mask_ * survival_mask(prune, counts.present);
+  if (counts.merges()) mask_ = mask_ * survival_mask(merge, pruned);
   present_ = kept;
   return reduced;
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/soft_counts.h"
 #include "nn/config.h"
 #include "nn/soft_reduction.h"
 
@@ -43,6 +44,9 @@ struct KeptCounts {
 /// What the rates keep where the counts of earlier blocks are a limit too: min(tokens, prune), min(that, merge).
 [[nodiscard]] KeptCounts kept_counts(const Rates& rates, int64_t tokens);
 
+/// The same block by block, each with what the one before it left.
+[[nodiscard]] std::vector<kernels::SoftCounts> soft_counts(const KeptCounts& counts, int64_t tokens);
+
 /// nn::count_macs of those counts as a scalar (fp64) whose gradient reaches every rate, also one that is not the
 /// least: N' = min(N, prune, merge) is straight-through in prune and merge, and constant in N (the authors' program).
 [[nodiscard]] at::Tensor soft_macs(const nn::VitConfig& config, const Rates& rates);
@@ -67,6 +71,7 @@ class RateMasks final : public nn::SoftReduction {
  private:
   const nn::VitConfig& config_;
   const Rates& rates_;
+  std::vector<kernels::SoftCounts> counts_;
   bool proportional_;
   at::Tensor mask_, sizes_;     // [B,N]
   at::Tensor class_attention_;  // [B,N] of the block between attend and reduce
