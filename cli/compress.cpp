@@ -186,7 +186,7 @@ void add_target_options(CLI::App& command, CompressCommand& options) {
 
 void add_search_options(CLI::App& command, CompressCommand& options) {
   CLI::Option* search =
-      command.add_flag("--search", options.searches, "Train DiffRate's counts on --data instead (on the CPU)");
+      command.add_flag("--search", options.searches, "Train DiffRate's counts on --data instead, on --device");
   const auto add_number = [&](const char* name, auto& value, const char* help, const char* type) {
     command.add_option(name, value, help)->type_name(type)->capture_default_str()->needs(search);
   };

@@ -100,6 +100,12 @@ std::unique_ptr<Trainer> CudaLibrary::make_trainer(nn::Vit& model, const Trainin
   return std::unique_ptr<Trainer>(api_->make_trainer(model, images, preprocess, options, device_index(options.device)));
 }
 
+std::unique_ptr<SoftPass> CudaLibrary::make_soft_pass(const nn::Vit& model, const nn::Preprocess& preprocess,
+                                                      const SoftPassOptions& options) const {
+  check_device(options.device);
+  return std::unique_ptr<SoftPass>(api_->make_soft_pass(model, preprocess, options, device_index(options.device)));
+}
+
 const CudaLibrary& cuda_library() {
   static const CudaLibrary library;
   return library;

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/soft_pass.h"
 #include "engine/trainer.h"
 #include "sdk/plugin.h"
 
@@ -27,6 +28,7 @@ struct CudaApi {
   CudaDevice (*describe)(int index, bool free_memory);  ///< asking for the free memory starts a context there
   Engine* (*make_engine)(const nn::Vit&, const nn::Preprocess&, const EngineOptions&, int index);
   Trainer* (*make_trainer)(nn::Vit&, const TrainingImages&, const nn::Preprocess&, const TrainerOptions&, int index);
+  SoftPass* (*make_soft_pass)(const nn::Vit&, const nn::Preprocess&, const SoftPassOptions&, int index);
 };
 /// The oldest compute capability that the kernels are built for.
 inline constexpr int kOldestCudaMajor = 8;
@@ -51,6 +53,8 @@ class CudaLibrary {
   [[nodiscard]] std::unique_ptr<Trainer> make_trainer(nn::Vit& model, const TrainingImages& images,
                                                       const nn::Preprocess& preprocess,
                                                       const TrainerOptions& options) const;
+  [[nodiscard]] std::unique_ptr<SoftPass> make_soft_pass(const nn::Vit& model, const nn::Preprocess& preprocess,
+                                                         const SoftPassOptions& options) const;
 
  private:
   const CudaApi* api_ = nullptr;

@@ -45,10 +45,21 @@ Identity parse_identity(const std::string& json, const std::string& where) {
   }
 }
 
+/// One GPU goes on where another stopped, up to the last bits; a GPU and the CPU compute too differently.
+std::string device_kind(const std::string& device) {
+  return device.substr(0, device.find(':'));
+}
+
+/// What a checkpoint says of `name`; one from before searches ran on GPUs is the CPU's.
+std::string saved_value(const Identity& saved, const std::string& name) {
+  const auto found = saved.find(name);
+  if (found != saved.end()) return printable(found->second);
+  return name == "--device" ? "cpu" : "not known";
+}
+
 void check_same_search(const Identity& saved, const Identity& mine, const std::string& where, Progress& progress) {
   for (const auto& [name, now] : mine) {
-    const auto found = saved.find(name);
-    const std::string was = found == saved.end() ? "not known" : printable(found->second);
+    const std::string was = saved_value(saved, name);
     if (was == now) continue;
     if (name != "threads")
       fail(ExitCode::usage, where, ": cannot go on with another search: ", name, " was ", was, ", now it is ", now,
@@ -102,30 +113,31 @@ class RateSearchRun {
 };
 
 train::RateSearchSettings RateSearchRun::settings() const {
-  const bool bf16 =
-      task_.device == "cpu" ? task_.precision == engine::Precision::bf16 : compute_dtype("auto") == at::kBFloat16;
   return {.target = double(task_.target),
           .unit = kUnit * double(nn::count_macs(config_)),
           .lr = task_.options.lr,
           .epochs = task_.options.epochs,
           .batch = task_.options.batch,
           .seed = uint64_t(task_.options.seed),
-          .compute = bf16 ? at::kBFloat16 : at::kFloat,
+          .device = task_.device,
+          .precision = task_.precision,
           .proportional_attention = task_.proportional_attention,
           .start = start()};
 }
 
 Identity RateSearchRun::identity(const data::StoredSet& images, const train::RateSearchSettings& s) const {
-  return {{"the model", fingerprint(model_.file.weights)},
-          {"the data", fingerprint(images)},
-          {"--target-macs", std::to_string(task_.target)},
-          {"--search-epochs", std::to_string(s.epochs)},
-          {"--search-lr", cat(s.lr)},
-          {"--search-batch", std::to_string(s.batch)},
-          {"--seed", std::to_string(s.seed)},
-          {"--dtype", dtype_name(s.compute)},
-          {"--no-proportional-attention", s.proportional_attention ? "false" : "true"},
-          {"threads", std::to_string(at::get_num_threads())}};
+  Identity identity{{"the model", fingerprint(model_.file.weights)},
+                    {"the data", fingerprint(images)},
+                    {"--target-macs", std::to_string(task_.target)},
+                    {"--search-epochs", std::to_string(s.epochs)},
+                    {"--search-lr", cat(s.lr)},
+                    {"--search-batch", std::to_string(s.batch)},
+                    {"--seed", std::to_string(s.seed)},
+                    {"--device", device_kind(s.device)},
+                    {"--dtype", engine::precision_name(s.precision)},
+                    {"--no-proportional-attention", s.proportional_attention ? "false" : "true"}};
+  if (s.device == "cpu") identity.emplace("threads", std::to_string(at::get_num_threads()));
+  return identity;
 }
 
 RateSearchReport RateSearchRun::run() {

@@ -49,8 +49,8 @@ struct RateSearchTask {
   const RateSearchOptions& options;
   std::filesystem::path model_path, out;  ///< the checkpoint is in the folder "<out>.search", removed at the end
   int64_t target = 0;                     ///< multiply-adds
-  std::string device;                     ///< resolved; of judging: the search computes on the CPU
-  engine::Precision precision = engine::Precision::fp32;  ///< bf16 or fp32 of the search, too
+  std::string device;                     ///< resolved; of the search and of judging
+  engine::Precision precision = engine::Precision::fp32;  ///< likewise
   bool proportional_attention = true;
 };
 

@@ -88,6 +88,20 @@ at::Tensor search_loss(const at::Tensor& cross_entropy, const at::Tensor& macs, 
   return cross_entropy + settings.weight * ((macs - settings.target) / settings.unit).square();
 }
 
+at::Tensor pass_cross_entropy(const engine::SoftPassResult& result, const Rates& rates,
+                              std::span<const kernels::SoftCounts> counts) {
+  at::Tensor sum = at::scalar_tensor(result.cross_entropy, at::kDouble);
+  const auto add = [&](const at::Tensor& survival, const at::Tensor& gradient) {
+    const at::Tensor linear = (survival * gradient).sum();
+    sum = sum + (linear - linear.detach());
+  };
+  for (size_t block = 0; block < counts.size(); ++block) {
+    if (counts[block].prunes()) add(rates.prune[block].survival, result.d_prune[int64_t(block)]);
+    if (counts[block].merges()) add(rates.merge[block].survival, result.d_merge[int64_t(block)]);
+  }
+  return sum;
+}
+
 KeptCounts fit_counts(const nn::VitConfig& config, const KeptCounts& counts, int64_t target) {
   const auto fits = [&](double factor) {
     return nn::count_macs(config, scaled(config, counts, factor).merge) <= target;
@@ -113,6 +127,12 @@ RateSearch::RateSearch(const nn::Vit& model, const data::StoredSet& images, cons
   if (images.labels.size(0) == 0) fail(ExitCode::input, "there is no image to search rates on");
   if (model.config().depth < 2)
     fail(ExitCode::usage, "the model has one block, and the first keeps all its tokens: there are no rates to search");
+  if (settings.device == "cpu") return;
+  pass_ = engine::make_cuda_soft_pass(model, preprocess,
+                                      {.device = settings.device,
+                                       .precision = settings.precision,
+                                       .batch = images_per_step(),
+                                       .proportional_attention = settings.proportional_attention});
 }
 
 int64_t RateSearch::images_per_step() const {
@@ -132,24 +152,41 @@ KeptCounts RateSearch::counts() const {
   return kept_counts(rates(), model_.config().tokens());
 }
 
-data::Batch RateSearch::next_batch() {
+std::vector<int64_t> RateSearch::next_indices() {
   if (order_epoch_ != position_.epoch) {
     order_ = data::epoch_order(images_.labels.size(0), settings_.seed, position_.epoch);
     order_epoch_ = position_.epoch;
   }
   const auto begin = order_.begin() + position_.batch * images_per_step();
-  return data::make_batch(images_, {begin, begin + images_per_step()}, preprocess_, {}, settings_.seed,
-                          position_.epoch);
+  return {begin, begin + images_per_step()};
+}
+
+RateSearch::Outcome RateSearch::outcome_on_cpu(const std::vector<int64_t>& indices, const Rates& rates) const {
+  const data::Batch batch = data::make_batch(images_, indices, preprocess_, {}, settings_.seed, position_.epoch);
+  const auto compute = settings_.precision == engine::Precision::bf16 ? at::kBFloat16 : at::kFloat;
+  RateMasks masks(model_.config(), rates, images_per_step(), settings_.proportional_attention);
+  const at::Tensor logits = model_.forward(batch.images, {.compute = compute, .soft = &masks});
+  return {.cross_entropy = at::cross_entropy_loss(logits, batch.labels),
+          .correct = (logits.detach().argmax(1) == batch.labels).sum().item<int64_t>()};
+}
+
+RateSearch::Outcome RateSearch::outcome_of_pass(const std::vector<int64_t>& indices, const Rates& rates) {
+  const int64_t tokens = model_.config().tokens(), side = images_.images.image_size();
+  const at::Tensor images = at::empty({images_per_step(), side, side, 3}, at::kByte);
+  images_.images.read(indices, images.data_ptr<uint8_t>());
+  const at::Tensor labels = images_.labels.index_select(0, at::tensor(indices, at::kLong));
+  const std::vector<kernels::SoftCounts> counts = soft_counts(kept_counts(rates, tokens), tokens);
+  const engine::SoftPassResult result = pass_->run({.images = images, .labels = labels}, counts);
+  return {.cross_entropy = pass_cross_entropy(result, rates, counts), .correct = result.correct};
 }
 
 void RateSearch::step() {
   const auto start = std::chrono::steady_clock::now();
-  const data::Batch batch = next_batch();
+  const std::vector<int64_t> indices = next_indices();
   const at::AutoGradMode gradients(true);
   const Rates now = rates();
-  RateMasks masks(model_.config(), now, images_per_step(), settings_.proportional_attention);
-  const at::Tensor logits = model_.forward(batch.images, {.compute = settings_.compute, .soft = &masks});
-  const at::Tensor cross_entropy = at::cross_entropy_loss(logits, batch.labels), macs = soft_macs(model_.config(), now);
+  const Outcome outcome = pass_ ? outcome_of_pass(indices, now) : outcome_on_cpu(indices, now);
+  const at::Tensor cross_entropy = outcome.cross_entropy, macs = soft_macs(model_.config(), now);
   const at::Tensor loss = search_loss(cross_entropy, macs, settings_);
   double norm = 0;
   if (loss.isfinite().item<bool>()) {
@@ -167,7 +204,7 @@ void RateSearch::step() {
   last_cross_entropy_ = cross_entropy.item<double>();
   last_macs_ = int64_t(std::llround(macs.item<double>()));
   position_.seconds += seconds_since(start);
-  advance((logits.detach().argmax(1) == batch.labels).sum().item<int64_t>(), images_per_step());
+  advance(outcome.correct, images_per_step());
 }
 
 void RateSearch::advance(int64_t correct, int64_t images) {

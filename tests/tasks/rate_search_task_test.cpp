@@ -2,10 +2,12 @@
 
 #include <csignal>
 #include <limits>
+#include <nlohmann/json.hpp>
 
 #include "nn/config.h"
 #include "tasks/compress.h"
 #include "tasks/tiny_task.h"
+#include "train/checkpoint.h"
 
 using namespace pyra;
 using test::check_error;
@@ -174,6 +176,28 @@ TEST_CASE("a continuation of another search is refused", "[rate_search]") {
   test::put(shop.task.folder / "o.safetensors.search/last.safetensors", "cut");
   std::filesystem::remove(shop.task.folder / "o.safetensors.search/previous.safetensors");
   check_error(ExitCode::input, {"last.safetensors"}, [&] { (void)compress(options); });
+}
+
+TEST_CASE("a search begun on a GPU does not go on on the CPU, and one that knew no GPU does", "[rate_search]") {
+  const SearchTask shop;
+  auto options = shop.options("o.safetensors");
+  Interrupter progress(16);
+  check_error(ExitCode::interrupted, {"stopped"}, [&] { (void)compress(options, progress); });
+  raise_pending_signal(0);
+  options.search->resume = true;
+  const auto folder = shop.task.folder / "o.safetensors.search";
+  const auto change = [&](const auto& how) {
+    auto checkpoint = train::read_checkpoint(folder);
+    REQUIRE(checkpoint.has_value());
+    nlohmann::json identity = nlohmann::json::parse(checkpoint->task);
+    how(identity);
+    checkpoint->task = identity.dump();
+    train::write_checkpoint(folder, *checkpoint);
+  };
+  change([](auto& identity) { identity["--device"] = "cuda"; });
+  check_error(ExitCode::usage, {"--device was cuda, now it is cpu"}, [&] { (void)compress(options); });
+  change([](auto& identity) { identity.erase("--device"); });
+  CHECK(compress(options).search->resumed);
 }
 
 TEST_CASE("a model whose loss is not finite is exit 7 and leaves no model", "[rate_search]") {

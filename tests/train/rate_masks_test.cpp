@@ -116,6 +116,66 @@ TEST_CASE("kept counts never rise, merge no more than prune, and begin with all"
   }
 }
 
+TEST_CASE("counts block by block have the masks that the rates have", "[rates]") {
+  const nn::VitConfig config = test::tiny_config(kDepth, GENERATE(false, true));
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    const Rates rates = train::rates_of(config, random_logits(config, 100 * seed));
+    const auto blocks = train::soft_counts(train::kept_counts(rates, config.tokens()), config.tokens());
+    REQUIRE(int64_t(blocks.size()) == config.depth);
+    int present = int(config.tokens());
+    for (size_t block = 0; block < blocks.size(); ++block) {
+      const kernels::SoftCounts& counts = blocks[block];
+      CAPTURE(seed, block, counts.present, counts.pruned, counts.kept);
+      CHECK(counts.present == present);
+      const at::Tensor pruned = train::survival_mask(rates.prune[block], counts.present),
+                       merged = train::survival_mask(rates.merge[block], counts.pruned);
+      for (int rank = 0; rank < int(config.tokens()); ++rank) {
+        CHECK(counts.survives_pruning(rank) == (pruned[rank].item<float>() == 1));
+        CHECK(counts.survives_merging(rank) == (merged[rank].item<float>() == 1));
+      }
+      present = counts.kept;
+    }
+  }
+}
+
+TEST_CASE("what a pass says of survival reaches the logits as it would through masks", "[rates]") {
+  const nn::VitConfig config = test::tiny_config(kDepth);
+  sdk::TensorMap through_masks = random_logits(config, 11), through_pass = random_logits(config, 11);
+  const Rates rates = train::rates_of(config, through_masks), others = train::rates_of(config, through_pass);
+  const int64_t tokens = config.tokens();
+  const auto blocks = train::soft_counts(train::kept_counts(rates, tokens), tokens);
+  engine::SoftPassResult result{.cross_entropy = 1.25,
+                                .correct = 0,
+                                .d_prune = normal({kDepth, tokens}, 5),
+                                .d_merge = normal({kDepth, tokens}, 6)};
+  for (int64_t block = 0; block < kDepth; ++block) {  // a pass gives nothing for ranks that are gone
+    result.d_prune[block].slice(0, blocks[size_t(block)].present).zero_();
+    result.d_merge[block].slice(0, blocks[size_t(block)].pruned).zero_();
+  }
+  at::Tensor sum = at::zeros({});
+  for (int64_t block = 0; block < kDepth; ++block) {
+    const kernels::SoftCounts& counts = blocks[size_t(block)];
+    if (counts.prunes())
+      sum = sum + (train::survival_mask(rates.prune[size_t(block)], counts.present) * result.d_prune[block]).sum();
+    if (counts.merges())
+      sum = sum + (train::survival_mask(rates.merge[size_t(block)], counts.pruned) * result.d_merge[block]).sum();
+  }
+  sum.backward();
+  const at::Tensor found = train::pass_cross_entropy(result, others, blocks);
+  CHECK(found.item<double>() == 1.25);
+  found.backward();
+  size_t felt = 0;
+  for (const auto& [name, logits] : through_masks) {
+    CAPTURE(name);
+    const at::Tensor wanted = logits.grad(), got = through_pass.at(name).grad();
+    REQUIRE(wanted.defined() == got.defined());
+    if (!wanted.defined()) continue;
+    ++felt;
+    CHECK(test::max_difference(got, wanted) < 1e-6);
+  }
+  CHECK(felt > 0);
+}
+
 TEST_CASE("soft MACs are those of the counts, and every rate feels them", "[rates]") {
   const nn::VitConfig config = test::tiny_config(kDepth);
   const sdk::TensorMap logits = random_logits(config, 7);

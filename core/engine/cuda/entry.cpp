@@ -1,6 +1,7 @@
 // What libpyra_cuda.so offers: see engine/cuda_library.h.
 #include "base/error.h"
 #include "engine/cuda/cuda_engine.h"
+#include "engine/cuda/cuda_soft_pass.h"
 #include "engine/cuda/cuda_trainer.h"
 #include "engine/cuda_library.h"
 
@@ -43,11 +44,20 @@ Trainer* create_trainer(nn::Vit& model, const TrainingImages& images, const nn::
   return new CudaTrainer(model, images, preprocess, options, index);
 }
 
+SoftPass* create_soft_pass(const nn::Vit& model, const nn::Preprocess& preprocess, const SoftPassOptions& options,
+                           int index) {
+  return new CudaSoftPass(model, preprocess, options, index);
+}
+
 }  // namespace
 }  // namespace pyra::engine
 
 extern "C" __attribute__((visibility("default"))) const pyra::engine::CudaApi* pyra_cuda_entry() {
-  static const pyra::engine::CudaApi api{PYRA_CUDA_TAG, &pyra::engine::device_count, &pyra::engine::describe,
-                                         &pyra::engine::create_engine, &pyra::engine::create_trainer};
+  static const pyra::engine::CudaApi api{PYRA_CUDA_TAG,
+                                         &pyra::engine::device_count,
+                                         &pyra::engine::describe,
+                                         &pyra::engine::create_engine,
+                                         &pyra::engine::create_trainer,
+                                         &pyra::engine::create_soft_pass};
   return &api;
 }
