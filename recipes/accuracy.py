@@ -1,6 +1,7 @@
 """The working half of accuracy.sh: runs pyractl, and makes a table of means and paired differences."""
 import argparse
 import json
+import operator
 import statistics
 import sys
 from pathlib import Path
@@ -62,6 +63,7 @@ def finetune(options, file, data, run, method, seed, *more):
 
 def open_gates(file):
     """Zeros for b of every gate of a safetensors file, in place: PYRA is ToMe then, bit for bit."""
+    opened = 0
     with file.open("r+b") as model:
         size = int.from_bytes(model.read(8), "little")
         for name, tensor in json.loads(model.read(size)).items():
@@ -69,6 +71,9 @@ def open_gates(file):
                 begin, end = tensor["data_offsets"]
                 model.seek(8 + size + begin)
                 model.write(bytes(end - begin))
+                opened += 1
+    if opened == 0:
+        raise RuntimeError(f"{file}: it has no gate of PYRA's")
 
 
 def train(options, model, file, task, data, method, seed):
@@ -153,12 +158,17 @@ def main():
     (options.out / "recipe.toml").write_text('protocol = "vtab"\n')
     log = options.out / "results.jsonl"
     rows = read_rows([log] if log.exists() else [])
-    done = {(r["model"], r["task"], r["seed"], r["method"]) for r in rows}
+    key = operator.itemgetter("model", "task", "seed", "method")
+    done = {key(r) for r in rows}
     jobs = [(model, file, task, data, method, int(seed)) for seed in options.seeds.split(",")
             for task, data in options.data.items() for model, file in options.models.items()
             for method in options.methods.split(",,")
-            if (model, task, int(seed), method) not in done]  # fmt: skip
-    failed = run_all("accuracy.sh", lambda *job: train(options, *job), jobs, options.jobs, log, rows)
+            if not all((model, task, int(seed), name) in done for name in (method, *OTHERWISE.get(method, {})))]  # fmt: skip
+
+    def missing_rows(*job):
+        return [r for r in train(options, *job) if key(r) not in done]
+
+    failed = run_all("accuracy.sh", missing_rows, jobs, options.jobs, log, rows)
     text = table(rows, options.models, options.data)
     (options.out / "table.md").write_text(text)
     print(text)

@@ -107,6 +107,7 @@ CudaSoftPass::CudaSoftPass(const nn::Vit& model, const nn::Preprocess& preproces
   const at::Tensor ones = at::ones({rows()}, at::kFloat);
   for (const DeviceMemory* memory : {&memory_.blocks[0].sizes, &memory_.blocks[0].mask})
     PYRA_CUDA(cudaMemcpy(memory->get(), ones.const_data_ptr(), memory->bytes(), cudaMemcpyHostToDevice));
+  PYRA_CUDA(cudaDeviceSynchronize());  // stream_ would not wait for these
   PYRA_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
 }
 
@@ -192,8 +193,7 @@ SoftPassResult CudaSoftPass::run(const SoftBatch& batch, std::span<const kernels
   head();
   backward();
   SoftPassResult result = receive();
-  if (!ran_ && cache_) cache_->save();  // what the first pass chose
-  ran_ = true;
+  if (cache_) cache_->save();  // which products there are follows the counts, and so may change from pass to pass
   return result;
 }
 

@@ -108,7 +108,6 @@ class CudaSoftPass final : public SoftPass {
   std::shared_ptr<kernels::cuda::GemmCache> cache_;
   kernels::cuda::LinearRunner runner_;
   cudaStream_t stream_ = nullptr;
-  bool ran_ = false;
   // Of the pass being enqueued.
   std::vector<kernels::SoftCounts> counts_;
   int now_ = 0;         ///< of memory_.stream

@@ -183,6 +183,7 @@ TrainMemory::TrainMemory(const TrainModel& model, int images) : batch(images) {
   arena_ = DeviceMemory(bytes);
   // Not a number in every type: what is read before anyone wrote it shows.
   PYRA_CUDA(cudaMemset(arena_.get(), 0xff, bytes));
+  PYRA_CUDA(cudaDeviceSynchronize());  // the step's streams would not wait for it
   planner.hand_out(arena_.get<char>());
 }
 
