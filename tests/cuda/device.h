@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <limits>
 
+#include "base/error.h"
 #include "catch.h"
 #include "kernels/cuda/cuda_call.h"
 
@@ -63,5 +64,19 @@ class OnDevice {
   at::Tensor host_;
   void* data_ = nullptr;
 };
+
+/// What kernels that go head by head refuse alike: code_of(change) is the exit code of a call that was right before
+/// change(call).
+template <class Call, class CodeOf>
+void check_head_limits(const CodeOf& code_of) {
+  CHECK(code_of([](Call& call) { call.batch = 0; }) == ExitCode::ok);
+  CHECK(code_of([](Call& call) { call.batch = -1; }) == ExitCode::usage);
+  CHECK(code_of([](Call& call) { call.tokens = 0; }) == ExitCode::usage);
+  CHECK(code_of([](Call& call) { call.tokens = 1025; }) == ExitCode::usage);
+  CHECK(code_of([](Call& call) { call.heads = 0; }) == ExitCode::usage);
+  CHECK(code_of([](Call& call) { call.head_dim = 24; }) == ExitCode::usage);
+  CHECK(code_of([](Call& call) { call.head_dim = 144; }) == ExitCode::usage);
+  CHECK(code_of([](Call& call) { call.dtype = static_cast<kernels::cuda::DType>(7); }) == ExitCode::usage);
+}
 
 }  // namespace pyra::test

@@ -214,14 +214,7 @@ TEST_CASE("masked attention on the GPU refuses what it cannot do", "[gpu][masked
     return ExitCode::ok;
   };
   using Call = MaskedAttentionCall;
-  CHECK(code_of([](Call& call) { call.batch = 0; }) == ExitCode::ok);
-  CHECK(code_of([](Call& call) { call.batch = -1; }) == ExitCode::usage);
-  CHECK(code_of([](Call& call) { call.tokens = 0; }) == ExitCode::usage);
-  CHECK(code_of([](Call& call) { call.tokens = 1025; }) == ExitCode::usage);
-  CHECK(code_of([](Call& call) { call.heads = 0; }) == ExitCode::usage);
-  CHECK(code_of([](Call& call) { call.head_dim = 24; }) == ExitCode::usage);
-  CHECK(code_of([](Call& call) { call.head_dim = 144; }) == ExitCode::usage);
-  CHECK(code_of([](Call& call) { call.dtype = static_cast<DType>(7); }) == ExitCode::usage);
+  check_head_limits<Call>(code_of);
   CHECK(code_of([](Call& call) { call.qkv = static_cast<const char*>(call.qkv) + 4; }) == ExitCode::usage);
   CHECK(code_of([](Call& call) { call.mask = nullptr; }) == ExitCode::usage);
   CHECK(code_of([](Call& call) { call.out = nullptr; }) == ExitCode::usage);

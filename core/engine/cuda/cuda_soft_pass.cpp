@@ -97,7 +97,8 @@ CudaSoftPass::CudaSoftPass(const nn::Vit& model, const nn::Preprocess& preproces
       model_(searchable(model, options), types_of(options.precision)),
       cache_(gemm_cache(device_, options.deterministic)),
       runner_(cache_) {
-  check_room();
+  check_room(
+      batch_, [this](int n) { return SoftMemory::bytes_for(model_, n); }, "--search-batch ");
   memory_ = SoftMemory(model_, batch_);
   host_images_ = PinnedMemory(memory_.images.bytes());
   host_labels_ = PinnedMemory(memory_.labels.bytes());
@@ -115,18 +116,6 @@ CudaSoftPass::~CudaSoftPass() {
   (void)cudaSetDevice(device_);
   (void)cudaDeviceSynchronize();
   if (stream_) (void)cudaStreamDestroy(stream_);
-}
-
-/// Before memory is taken: says what would fit.
-void CudaSoftPass::check_room() const {
-  size_t free_bytes = 0, total = 0;
-  PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
-  const size_t wanted = SoftMemory::bytes_for(model_, batch_);
-  if (wanted <= free_bytes) return;
-  const size_t each = SoftMemory::bytes_for(model_, 2) - SoftMemory::bytes_for(model_, 1);
-  fail(ExitCode::device, "the GPU has ", free_bytes >> 20, " MB free of ", total >> 20, "; a step of ", batch_,
-       " images needs ", wanted >> 20, " MB beside the weights; --search-batch ",
-       std::max<size_t>(1, free_bytes * 9 / 10 / each), " would fit");
 }
 
 void CudaSoftPass::check(const SoftBatch& batch, std::span<const kernels::SoftCounts> counts) const {

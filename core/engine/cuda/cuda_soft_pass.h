@@ -61,7 +61,6 @@ class CudaSoftPass final : public SoftPass {
   [[nodiscard]] int64_t device_bytes() const override { return int64_t(model_.bytes() + memory_.bytes); }
 
  private:
-  void check_room() const;
   void check(const SoftBatch& batch, std::span<const kernels::SoftCounts> counts) const;
   void send(const SoftBatch& batch);
   [[nodiscard]] SoftPassResult receive();

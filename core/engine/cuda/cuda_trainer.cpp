@@ -54,7 +54,8 @@ CudaTrainer::CudaTrainer(nn::Vit& model, const TrainingImages& images, const nn:
   status_ = DeviceMemory(sizeof(cuda::StepStatus));
   host_status_ = PinnedMemory(sizeof(cuda::StepStatus));
   model_ = std::make_unique<TrainModel>(model, tensors_, options_, &inputs_.get<cuda::StepInputs>()->step);
-  check_room();
+  check_room(
+      batch_, [this](int n) { return TrainMemory::bytes_for(*model_, n); }, "train.batch=");
   cache_ = gemm_cache(device_, options_.deterministic);
   runner_ = std::make_unique<TrainStepRunner>(*model_, preprocess, batch_, cache_);
   const std::vector<cuda::Segment>& segments = model_->segments;
@@ -79,18 +80,6 @@ CudaTrainer::~CudaTrainer() {
     for (cudaEvent_t event : {slot.read, slot.copied})
       if (event) (void)cudaEventDestroy(event);
   if (copy_) (void)cudaStreamDestroy(copy_);
-}
-
-/// Before memory is taken: says what would fit.
-void CudaTrainer::check_room() const {
-  size_t free_bytes = 0, total = 0;
-  PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
-  const size_t wanted = TrainMemory::bytes_for(*model_, batch_);
-  if (wanted <= free_bytes) return;
-  const size_t each = TrainMemory::bytes_for(*model_, 2) - TrainMemory::bytes_for(*model_, 1);
-  fail(ExitCode::device, "the GPU has ", free_bytes >> 20, " MB free of ", total >> 20, "; a step of ", batch_,
-       " images needs ", wanted >> 20,
-       " MB beside the weights; train.batch=", std::max<size_t>(1, free_bytes * 9 / 10 / each), " would fit");
 }
 
 /// The set of images goes to the device once, where it takes no more than a share of what is free; else each batch goes

@@ -33,7 +33,6 @@ class CudaTrainer final : public Trainer {
   struct Layout {
     size_t order, labels, scales, total;
   };
-  void check_room() const;
   void place_images();
   void upload_set();
   void write_inputs(const TrainStep& step, char* to) const;

@@ -2,7 +2,9 @@
 
 #include <cublasLt.h>
 
-#include "base/text.h"
+#include <algorithm>
+
+#include "base/error.h"
 #include "kernels/cuda/cuda_call.h"
 
 namespace pyra::engine {
@@ -21,6 +23,17 @@ std::shared_ptr<kernels::cuda::GemmCache> gemm_cache(int device, bool determinis
   PYRA_CUDA(cudaDriverGetVersion(&driver));
   return GemmCache::shared(GemmCache::default_file(),
                            cat(properties.name, " driver ", driver, " cublasLt ", cublasLtGetVersion()));
+}
+
+void check_room(int images, const std::function<size_t(int)>& bytes_for, const char* option) {
+  size_t free_bytes = 0, total = 0;
+  PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
+  const size_t wanted = bytes_for(images);
+  if (wanted <= free_bytes) return;
+  const size_t each = bytes_for(2) - bytes_for(1);
+  fail(ExitCode::device, "the GPU has ", free_bytes >> 20, " MB free of ", total >> 20, "; a step of ", images,
+       " images needs ", wanted >> 20, " MB beside the weights; ", option,
+       std::max<size_t>(1, free_bytes * 9 / 10 / each), " would fit");
 }
 
 }  // namespace pyra::engine

@@ -67,6 +67,14 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+/// An image's class_rows [heads,tokens]: the mean over heads of what the class token pays to `token`.
+[[maybe_unused]] __device__ __forceinline__ float attention_mean(const float* class_rows, int heads, int tokens,
+                                                                 int token) {
+  float sum = 0;
+  for (int head = 0; head < heads; ++head) sum += class_rows[int64_t(head) * tokens + token];
+  return __fdiv_rn(sum, float(heads));
+}
+
 /// Calls f(T{}) with the C++ type of `dtype`.
 template <class F>
 void with_type(DType dtype, const F& f) {

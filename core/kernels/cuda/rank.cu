@@ -59,12 +59,6 @@ Layout lay_out(const Shape& shape, int tile_columns) {
   return at;
 }
 
-__device__ __forceinline__ float attention_mean(const float* class_rows, int heads, int tokens, int token) {
-  float sum = 0;
-  for (int head = 0; head < heads; ++head) sum += class_rows[int64_t(head) * tokens + token];
-  return __fdiv_rn(sum, float(heads));
-}
-
 /// ranked[0,N): protected tokens in place, then the others by descending attention. Ends with a barrier.
 __device__ void rank_all(const Shape& shape, const float* class_rows, uint64_t* order, uint16_t* ranked) {
   const int first = shape.protected_tokens;

@@ -30,10 +30,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (item >= count) return;
   const int64_t image = item / tokens;
-  const float* row = class_rows + image * heads * tokens + (item - image * tokens);
-  float sum = 0.f;
-  for (int head = 0; head < heads; ++head) sum += row[int64_t(head) * tokens];
-  out[item] = mask[item] < 0.5f ? -1.f : sum / float(heads);
+  const float mean = attention_mean(class_rows + image * heads * tokens, heads, tokens, int(item - image * tokens));
+  out[item] = mask[item] < 0.5f ? -1.f : mean;
 }
 
 /// The token that has a rank.
