@@ -27,6 +27,7 @@
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/attention_paths.h"
 #include "kernels/cuda/attention_simt.cuh"
+#include "kernels/cuda/dependent.cuh"
 
 namespace pyra::kernels::cuda {
 namespace {
@@ -121,6 +122,8 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kMinBlocks) attend(co
   auto* bias = reinterpret_cast<float*>(values + plan.heads * plan.rows * Tile::kStride);
   float* class_logits = bias + job.padded;
 
+  admit_next();
+  await_earlier();
   for (int stage = 0; stage < plan.slots; ++stage) {
     load_stage<Tile>(job, heads, keys, values, stage);
     commit_copies();
@@ -246,8 +249,7 @@ void launch(const AttentionCall& call, const Plan& plan, cudaStream_t stream) {
   allow_shared_memory<Tile>();
   const auto scale = float(1.4426950408889634 / std::sqrt(double(call.head_dim)));
   const Job job{call, plan, round_up(call.tokens, 16), call.heads * call.head_dim, scale};
-  attend<Tile><<<unsigned(blocks), plan.warps * kWarp, plan.shared, stream>>>(job);
-  PYRA_CUDA_LAUNCHED();
+  launch_dependent<&attend<Tile>>({dim3(unsigned(blocks)), plan.warps * kWarp, plan.shared}, stream, job);
 }
 
 template <class Tile>

@@ -1,19 +1,13 @@
-// What Hopper's ways of attention share, forward and back: the device asked once, maps for the copy engine, and the
-// store of a row out of the registers of a warpgroup's product.
+// What Hopper's ways of attention share, forward and back: the store of a row out of the registers of a warpgroup's
+// product.
 #pragma once
-#include <cuda.h>
-
-#include <algorithm>
-#include <atomic>
-
-#include "base/error.h"
 #include "kernels/cuda/attention_mma.cuh"
-#include "kernels/cuda/attention_wgmma.cuh"
+#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/wgmma.cuh"
 
 namespace pyra::kernels::cuda {
 namespace {
 
-constexpr int kGroup = 128;  ///< threads of a warpgroup
 constexpr int kHeadDim = 64, kTile = 64, kRowBytes = 2 * kHeadDim;
 
 /// Row `half` of the thread's two, its lanes 16 bytes each.
@@ -33,86 +27,6 @@ __device__ __forceinline__ void store_half(T* to, const float (&out)[kHeadDim / 
       *reinterpret_cast<uint4*>(to + 32 * block + 8 * (threadIdx.x % 4)) =
           make_uint4(word[0], word[1], word[2], word[3]);
   }
-}
-
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/// The driver's function, which libcudart has no word for; null where the driver lacks it.
-inline Encode encoder() {
-  static const Encode found = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-    if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) {
-      (void)cudaGetLastError();
-      entry = nullptr;
-    }
-    return reinterpret_cast<Encode>(entry);
-  }();
-  return found;
-}
-
-/// Rows of 2-byte channels as [image, row, channel], in boxes of `rows` rows of one head; zeros past the last row.
-inline CUtensorMap map_of(const void* data, int channels, int tokens, int batch, int rows, DType dtype) {
-  const cuuint64_t sizes[] = {cuuint64_t(channels), cuuint64_t(tokens), cuuint64_t(batch)};
-  const cuuint64_t strides[] = {cuuint64_t(channels) * 2, cuuint64_t(channels) * 2 * tokens};
-  const cuuint32_t box[] = {kHeadDim, cuuint32_t(rows), 1}, steps[] = {1, 1, 1};
-  const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  CUtensorMap map;
-  const CUresult status =
-      encoder()(&map, type, 3, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    fail(ExitCode::device, "attention: the driver refuses a map of ", batch, " images of ", tokens, " tokens and ",
-         channels, " channels (error ", int(status), ")");
-  }
-  return map;
-}
-
-/// Whether the program holds the kernel for this device, which then may use `shared` bytes of shared memory. Asked once
-/// for a kernel, whose answers by device are `known`: 0: not asked, 1: ready, -1: built without sm_90a.
-inline bool prepare_hopper(const void* kernel, int shared, std::atomic<int> (&known)[64]) {
-  int device = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    cudaFuncAttributes attributes{};
-    PYRA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
-    answer = attributes.maxThreadsPerBlock >= kGroup ? 1 : -1;
-    if (answer > 0) {
-      PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-      PYRA_CUDA(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-    }
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer > 0;
-}
-
-struct HopperDevice {
-  bool usable = false;
-  int processors = 0;
-};
-
-/// The current device, asked once.
-inline HopperDevice hopper_device() {
-  static std::atomic<int> known[64];  // 0: not asked, -1: not usable, else its multiprocessors
-  int device = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  if (device >= 64) return {};
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    int major = 0, minor = 0, processors = 0;
-    PYRA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    PYRA_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    PYRA_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    answer = major == 9 && minor == 0 && encoder() != nullptr ? processors : -1;
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return {answer > 0, std::max(answer, 0)};
 }
 
 }  // namespace

@@ -24,6 +24,7 @@
 #include "base/error.h"
 #include "kernels/cuda/attention_hopper.cuh"
 #include "kernels/cuda/attention_paths.h"
+#include "kernels/cuda/dependent.cuh"
 
 namespace pyra::kernels::cuda {
 namespace {
@@ -208,8 +209,6 @@ __global__ void __launch_bounds__(kGroup, Blocks) attend_hopper(const __grid_con
   const int image = blockIdx.x / job.splits / job.heads, channels = job.heads * kHeadDim;
   const int tiles = (job.tokens + kTile - 1) / kTile, warp = threadIdx.x / kWarp;
 
-  HopperSizes<Keys> sizes;
-  sizes.load(job, image);
   const auto load_queries = [&](int row) {
     expect_bytes(queries_there, Shape::kTileBytes);
     copy_box(queries, &job.some_queries, head * kHeadDim, row, image, queries_there);
@@ -219,6 +218,12 @@ __global__ void __launch_bounds__(kGroup, Blocks) attend_hopper(const __grid_con
     start_barrier(values_there);
     start_barrier(queries_there);
     publish_barriers();
+  }
+  admit_next();
+  await_earlier();
+  HopperSizes<Keys> sizes;
+  sizes.load(job, image);
+  if (threadIdx.x == 0) {
     load_queries(start_of(split, job.tokens));
     expect_bytes(keys_there, Shape::kKeyBytes);
     copy_box(keys, &job.all_keys, channels + head * kHeadDim, 0, image, keys_there);
@@ -290,8 +295,8 @@ bool launch_hopper(const AttentionCall& call, int processors, cudaStream_t strea
                       call.heads,
                       splits,
                       scale};
-  attend_hopper<T, Keys, Sized, Blocks><<<unsigned(heads * splits), kGroup, HopperShape<Keys>::kShared, stream>>>(job);
-  PYRA_CUDA_LAUNCHED();
+  launch_dependent<&attend_hopper<T, Keys, Sized, Blocks>>(
+      {dim3(unsigned(heads * splits)), kGroup, size_t(HopperShape<Keys>::kShared)}, stream, job);
   return true;
 }
 

@@ -3,13 +3,13 @@
 // Scores and positions travel as one 64-bit integer that orders as both, so that partial results can be combined in
 // any order without changing the outcome. A score that is not a number never enters (nor -infinity): kNoPartner.
 #pragma once
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/dependent.cuh"
 
 namespace pyra::kernels::cuda {
 namespace {
 
 constexpr int kSearchThreads = 256;
-constexpr int kMostClustered = 8;  // blocks of a cluster that every device with clusters can schedule
 
 /// Unsigned integers in the order of the floats. -0 becomes +0: they tie.
 __device__ __forceinline__ uint32_t ordered(float x) {
@@ -96,7 +96,8 @@ constexpr int kChunk = 16 / int(sizeof(T));
 template <int kRows, int kColumns>
 __device__ __forceinline__ void multiply(const float* rows, int row_step, const float* columns, int column_step,
                                          int depth, float (&sum)[kRows][kColumns]) {
-#pragma unroll 1
+  // Small tiles are few: reads ahead fill the wait that other warps do not.
+#pragma unroll(kRows* kColumns <= 16 ? 4 : 1)
   for (int d = 0; d < depth; d += 4) {
     float4 row[kRows];
 #pragma unroll
@@ -160,82 +161,23 @@ __device__ __forceinline__ void store_best(const float (&sum)[kRows][kColumns], 
   }
 }
 
-/// The better of `best` and what tiles [first,last) found for `row`; tile t lies in slot t - first.
+/// The better of `best` and what tiles [first,last) found for `row`, by one of `lanes` that share them; tile t lies in
+/// slot t - first.
 __device__ __forceinline__ uint64_t better_partner(uint64_t best, const uint64_t* partial, int slots, Tiling tiles,
-                                                   int row, int first, int last) {
+                                                   int row, int first, int last, int lane = 0, int lanes = 1) {
   const int i = row / tiles.down, own = row % tiles.down * tiles.across;
   const int from = max(own, first), to = min(own + tiles.across, last);
-  for (int t = from; t < to; ++t) best = max(best, partial[i * slots + t - first]);
+  for (int t = from + lane; t < to; t += lanes) best = max(best, partial[i * slots + t - first]);
   return best;
 }
 
-/// All threads of the cluster; of the block where a cluster is one block. Orders accesses to shared memory, remote too.
-__device__ __forceinline__ void barrier(int cluster) {
-#if __CUDA_ARCH__ >= 900
-  if (cluster > 1) {
-    __cluster_barrier_arrive();
-    __cluster_barrier_wait();
-    return;
-  }
-#endif
-  __syncthreads();
-}
-
-/// The same variable in the shared memory of block `rank` of this cluster.
-template <class T>
-__device__ __forceinline__ T* of_block(T* shared, int rank, int cluster) {
-#if __CUDA_ARCH__ >= 900
-  if (cluster > 1) return static_cast<T*>(__cluster_map_shared_rank(shared, unsigned(rank)));
-#endif
-  return shared;
-}
-
-struct Device {
-  int processors = 0;
-  bool has_clusters = false;  ///< and the kernel was compiled for them
-};
-
-template <class Kernel>
-Device device_for(Kernel* kernel) {
-  Device found;
-  int device = 0, major = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  PYRA_CUDA(cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device));
-  PYRA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  cudaFuncAttributes attributes{};
-  PYRA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
-  found.has_clusters = major >= 9 && attributes.ptxVersion >= 90;
-  return found;
-}
-
-/// The most blocks a cluster may have so that all clusters run at once and each block has `least` of `work`.
-inline int cluster_size(const Device& device, int64_t clusters, int work, int least) {
-  int size = 1;
-  while (device.has_clusters && size < kMostClustered && clusters * size * 2 <= device.processors &&
-         work >= least * size * 2) {
-    size *= 2;
-  }
-  return size;
-}
-
-template <class... Parameters, class... Arguments>
-void launch_clustered(void (*kernel)(Parameters...), dim3 grid, int cluster, size_t shared, cudaStream_t stream,
-                      const Arguments&... arguments) {
+/// Launches a kernel of kSearchThreads that calls await_earlier().
+template <auto kKernel, class... Arguments>
+void launch_search(dim3 grid, int cluster, size_t shared, cudaStream_t stream, const Arguments&... arguments) {
   if (shared > (48u << 10)) {
-    PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+    PYRA_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   }
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(kSearchThreads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  PYRA_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+  launch_dependent<kKernel>({grid, kSearchThreads, shared, cluster}, stream, arguments...);
 }
 
 /// Bytes of consecutive arrays in dynamic shared memory.

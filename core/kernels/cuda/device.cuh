@@ -75,6 +75,13 @@ __device__ __forceinline__ float warp_sum(float x) {
   return __fdiv_rn(sum, float(heads));
 }
 
+[[nodiscard]] inline int multiprocessors() {
+  int device = 0, count = 0;
+  PYRA_CUDA(cudaGetDevice(&device));
+  PYRA_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 /// Calls f(T{}) with the C++ type of `dtype`.
 template <class F>
 void with_type(DType dtype, const F& f) {

@@ -11,6 +11,7 @@
 // order as that traffic.
 #include "kernels/cuda/embed.h"
 
+#include "kernels/cuda/dependent.cuh"
 #include "kernels/cuda/row.cuh"
 
 namespace pyra::kernels::cuda {
@@ -153,6 +154,10 @@ __global__ void __launch_bounds__(kTokenWarps* kWarp) assemble_kernel(const Asse
   if (token >= tokens) return;
   const int first = blockIdx.y * kImages, patch = token - call.protected_tokens;
   const auto image_of = [&](int n) { return first + n < call.batch ? first + n : first; };
+  fetch_ahead(call.norm_weight, channels);
+  fetch_ahead(call.norm_bias, channels);
+  admit_next();
+  await_earlier();
   float rows[kImages][kValues];
   const float* added = patch < 0 ? call.prefix + int64_t(token) * channels : call.positions + int64_t(patch) * channels;
   const auto* embedded = static_cast<const Compute*>(call.embedded);
@@ -189,7 +194,7 @@ template <class Residual, class Compute, class Row, int kImages>
 void launch_assemble(const AssembleCall& call, cudaStream_t stream) {
   const int tokens = call.protected_tokens + call.patches;
   const dim3 grid(unsigned((tokens + kTokenWarps - 1) / kTokenWarps), unsigned((call.batch + kImages - 1) / kImages));
-  assemble_kernel<Residual, Compute, Row, kImages><<<grid, kTokenWarps * kWarp, 0, stream>>>(call);
+  launch_dependent<&assemble_kernel<Residual, Compute, Row, kImages>>({grid, kTokenWarps * kWarp}, stream, call);
 }
 
 void check(const AssembleCall& call) {

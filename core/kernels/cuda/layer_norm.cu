@@ -6,6 +6,7 @@
 // eight sums are added in order. Reads the tokens once.
 #include "kernels/cuda/layer_norm.h"
 
+#include "kernels/cuda/dependent.cuh"
 #include "kernels/cuda/row.cuh"
 
 namespace pyra::kernels::cuda {
@@ -20,6 +21,10 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_kernel(const LayerNormCall
   const int lane = threadIdx.x % kWarp;
   const int64_t first = (int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp) * kRows;
   if (first >= call.rows) return;
+  fetch_ahead(call.weight, channels);
+  fetch_ahead(call.bias, channels);
+  admit_next();
+  await_earlier();
   const In* x = static_cast<const In*>(call.x);
   RawRow<In, kValues, kWidth> raw[kRows];  // a last odd row twice, also written twice
 #pragma unroll
@@ -42,7 +47,7 @@ template <class In, class Out, class Row, int kRows>
 void launch_norm(const LayerNormCall& call, cudaStream_t stream) {
   constexpr int kRowsOfBlock = kWarps * kRows;
   const int blocks = int((int64_t(call.rows) + kRowsOfBlock - 1) / kRowsOfBlock);
-  norm_kernel<In, Out, Row, kRows><<<blocks, kWarps * kWarp, 0, stream>>>(call);
+  launch_dependent<&norm_kernel<In, Out, Row, kRows>>({dim3(unsigned(blocks)), kWarps * kWarp}, stream, call);
 }
 
 void check(const LayerNormCall& call) {

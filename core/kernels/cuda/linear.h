@@ -1,4 +1,5 @@
-// Linear layers on the device by cuBLASLt: y = act(x Wᵀ + b), or residual + x Wᵀ + b; and their way back, x W.
+// Linear layers on the device: y = act(x Wᵀ + b), or residual + x Wᵀ + b; and their way back, x W. By cuBLASLt but for
+// few rows on Hopper (linear_paths.h).
 //
 // Of the algorithms that cuBLASLt proposes for a shape, each is timed once and the fastest kept, in a file too
 // (gemm_cache.h), so that later processes run the same one: a result is then bit-equal from run to run.

@@ -4,11 +4,15 @@
 // side B for all of them, searches for its share of side A, and the first block ranks. Results do not depend on the
 // split: a cosine is one chain of FMAs over d in whichever thread, and partners are combined by an integer maximum.
 //   1. 16-byte loads of the keys, all heads of 8 channels (16-bit types) in one thread -> mean, fp32, shared memory
-//   2. inverse norms, half a warp a token; side B is scaled to unit length in place
+//   2. inverse norms, half a warp a token; side B is scaled to unit length, in the shared memory of all blocks
 //   3. scores: a thread a tile of 8x8 (4x4 where tiles are few), columns and rows interleaved among the tiles
-//   4. a token's rank is the number of smaller sort keys; where staying tokens go follows from ballots
+//   4. a token's rank is the number of smaller sort keys, counted by two threads where tokens are few; where staying
+//      tokens go follows from ballots
 // Bytes moved: the keys once, [B,N,C] of `dtype`; the plan, 4 (N + r) bytes an image. At 197 tokens of 12 heads of 64
 // the keys are 302 KB an image and the product 0.6 M FMA; two blocks share an SM, so one may load while one computes.
+// One image of 197 tokens by 8 blocks (H200, clock64 of the first): 15 k cycles; start and lists 1.4, keys 2.1, norms
+// and their way to all blocks 3.5, scores and partners 4.5, order to the first block 0.8, ranks and plan 2.8. It took
+// 22.8 k while every block normalised all of side B (6.7).
 // Sides that do not fit shared memory are taken in chunks; then side B is read again for each chunk of side A.
 #include "kernels/cuda/match.h"
 
@@ -53,7 +57,7 @@ Layout lay_out(const Shape& shape, int tile, int most_a, int most_b) {
   Layout at{};
   at.a = shared.take<float>(shape.rows * pitch_of(shape.keys.dim));
   at.b = shared.take<float>(shape.columns * pitch_of(shape.keys.dim));
-  at.partial = shared.take<uint64_t>(tile * shape.slots);
+  at.partial = shared.take<uint64_t>(std::max(tile * shape.slots, kThreads / 2));  // and ranks, one a thread
   at.best = shared.take<uint64_t>(shape.rows);
   at.order = shared.take<uint64_t>(most_a);
   at.scale = shared.take<float>(shape.rows);
@@ -147,35 +151,31 @@ __device__ Counts list_sides(const Shape& shape, const uint8_t* in_side_a, uint1
   return counts;
 }
 
-/// Head means of `count_a` tokens into this block's `a`, of this block's share of `count_b` into every block's `b`.
+/// Head means of `count_a` tokens into `a`, of `count_b` into `b`.
 template <class T>
 __device__ void load_metric(const T* qkv, const Keys& keys, int64_t first_token, const uint16_t* list_a, int count_a,
-                            const uint16_t* list_b, int count_b, float* a, float* b, int rank, int cluster) {
-  const int share = (count_b + cluster - 1) / cluster;
-  const int first_b = min(rank * share, count_b), own_b = min(share, count_b - first_b);
+                            const uint16_t* list_b, int count_b, float* a, float* b) {
   const int pitch = pitch_of(keys.dim), chunks = keys.dim / kChunk<T>;
-  for (int item = int(threadIdx.x); item < (count_a + own_b) * chunks; item += kThreads) {
+  for (int item = int(threadIdx.x); item < (count_a + count_b) * chunks; item += kThreads) {
     const int place = item / chunks, d = (item - place * chunks) * kChunk<T>;
     const bool is_a = place < count_a;
-    const int row = is_a ? place : first_b + place - count_a;
+    const int row = is_a ? place : place - count_a;
     float mean[kChunk<T>];
     head_mean(key_of(qkv, keys, first_token + (is_a ? list_a : list_b)[row]) + d, keys, mean);
-    if (is_a || cluster == 1) {
-      store_chunk((is_a ? a : b) + row * pitch + d, mean);
-    } else {
-      for (int to = 0; to < cluster; ++to) store_chunk(of_block(b, to, cluster) + row * pitch + d, mean);
-    }
+    store_chunk((is_a ? a : b) + row * pitch + d, mean);
   }
 }
 
-/// Inverse norms of `count_a` rows of `a` into `scale`; `count_b` rows of `b` to unit length. Half a warp a row, lane l
-/// sums the squares of d = l, l + 16, …, what is beyond the last 16 comes after them: kernels/wide.h's order.
-__device__ void normalise(const Keys& keys, const float* a, int count_a, float* scale, float* b, int count_b) {
+/// `count_b` rows of `b` to unit length, in every block of the cluster, and inverse norms of `count_a` rows of `a` into
+/// `scale`. Half a warp a row, lane l sums the squares of d = l, l + 16, …, what is beyond the last 16 comes after
+/// them: kernels/wide.h's order.
+__device__ void normalise(const Keys& keys, const float* a, int count_a, float* scale, float* b, int count_b,
+                          int cluster) {
   const int lane = int(threadIdx.x) % kHalfWarp, pitch = pitch_of(keys.dim), whole = keys.dim / kHalfWarp * kHalfWarp;
   const unsigned half = 0xffffu << (threadIdx.x & kHalfWarp);
   for (int place = int(threadIdx.x) / kHalfWarp; place < count_a + count_b; place += kThreads / kHalfWarp) {
-    const bool is_a = place < count_a;
-    const float* row = is_a ? a + place * pitch : b + (place - count_a) * pitch;
+    const bool is_b = place < count_b;
+    const float* row = is_b ? b + place * pitch : a + (place - count_b) * pitch;
     float square = 0;
     for (int d = lane; d < whole; d += kHalfWarp) square = fmaf(row[d], row[d], square);
 #pragma unroll
@@ -184,11 +184,14 @@ __device__ void normalise(const Keys& keys, const float* a, int count_a, float* 
     for (int d = whole; d < keys.dim; ++d) square = fmaf(row[d], row[d], square);
     const float inverse = inverse_norm(square);
     __syncwarp(half);  // all have read the tail before any writes
-    if (is_a) {
-      if (lane == 0) scale[place] = inverse;
-    } else {
-      float* to = b + (place - count_a) * pitch;
-      for (int d = lane; d < keys.dim; d += kHalfWarp) to[d] *= inverse;
+    if (is_b) {
+      float* own = b + place * pitch;
+      for (int d = lane; d < keys.dim; d += kHalfWarp) {
+        const float unit = own[d] * inverse;
+        for (int to = 0; to < cluster; ++to) of_block(own, to, cluster)[d] = unit;
+      }
+    } else if (lane == 0) {
+      scale[place - count_b] = inverse;
     }
   }
 }
@@ -209,8 +212,18 @@ __device__ void search(const Shape& shape, const float* a, int count_a, const fl
           sum, column, tiles.across, count_b, first_column, [](int) { return 1.0f; }, partial, shape.slots, slot);
     }
     __syncthreads();
-    for (int row = int(threadIdx.x); row < count_a; row += kThreads) {
-      best[row] = better_partner(best[row], partial, shape.slots, tiles, row, first, last);
+    if (count_a * kHalfWarp <= kThreads) {  // a cluster's share of rows: half a warp for each
+      const int lane = int(threadIdx.x) % kHalfWarp, row = int(threadIdx.x) / kHalfWarp;
+      uint64_t better = kNoPartner;
+      if (row < count_a)
+        better = better_partner(best[row], partial, shape.slots, tiles, row, first, last, lane, kHalfWarp);
+#pragma unroll
+      for (int offset = kHalfWarp / 2; offset > 0; offset /= 2)
+        better = max(better, __shfl_xor_sync(kAllLanes, better, offset, kHalfWarp));
+      if (lane == 0 && row < count_a) best[row] = better;
+    } else {
+      for (int row = int(threadIdx.x); row < count_a; row += kThreads)
+        best[row] = better_partner(best[row], partial, shape.slots, tiles, row, first, last);
     }
     __syncthreads();
   }
@@ -218,13 +231,26 @@ __device__ void search(const Shape& shape, const float* a, int count_a, const fl
 
 /// Ranks side A by `order` and writes the image's plan. All of it in one block.
 __device__ void write_plan(const Shape& shape, Counts counts, const uint64_t* order, const uint16_t* column,
-                           const uint16_t* list_a, const uint16_t* list_b, uint32_t* leaves, int32_t* keep,
-                           int32_t* src, int32_t* dst) {
+                           const uint16_t* list_a, const uint16_t* list_b, uint32_t* leaves, uint32_t* ranks,
+                           int32_t* keep, int32_t* src, int32_t* dst) {
   const int first_b = shape.protected_tokens + counts.a - shape.r, kept = shape.keys.tokens - shape.r;
   const int whole_warps = (counts.a + kWarp - 1) / kWarp * kWarp;
+  const bool shared_out = shape.r > 0 && 2 * whole_warps <= kThreads;  // two threads a row
+  if (shared_out) {
+    const int row = min(int(threadIdx.x) % whole_warps, counts.a - 1), part = int(threadIdx.x) / whole_warps;
+    const int middle = counts.a / 2;
+    if (part < 2)
+      ranks[threadIdx.x] = uint32_t(part == 0 ? count_smaller(order, middle, order[row])
+                                              : count_smaller(order + middle, counts.a - middle, order[row]));
+    __syncthreads();
+  }
   for (int row = int(threadIdx.x); row < whole_warps; row += kThreads) {
     int rank = shape.r;
-    if (shape.r > 0 && row < counts.a) rank = count_smaller(order, counts.a, order[row]);
+    if (shared_out) {
+      if (row < counts.a) rank = int(ranks[row] + ranks[whole_warps + row]);
+    } else if (shape.r > 0 && row < counts.a) {
+      rank = count_smaller(order, counts.a, order[row]);
+    }
     const bool goes = rank < shape.r;
     const unsigned all = __ballot_sync(kAllLanes, goes);
     if (row % kWarp == 0) leaves[row / kWarp] = all;
@@ -257,10 +283,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto floats = [&](int offset) { return reinterpret_cast<float*>(shared + offset); };
   const auto longs = [&](int offset) { return reinterpret_cast<uint64_t*>(shared + offset); };
   const auto shorts = [&](int offset) { return reinterpret_cast<uint16_t*>(shared + offset); };
+  admit_next();
   const int rank = int(blockIdx.x) % shape.cluster, cluster = shape.cluster;
   const int64_t image = int(blockIdx.x) / shape.cluster;
   uint16_t *list_a = shorts(at.list_a), *list_b = shorts(at.list_b);
   const Counts counts = list_sides(shape, in_side_a, list_a, list_b);
+  await_earlier();
 
   if (shape.r > 0 && counts.b > 0) {
     const int share = (counts.a + cluster - 1) / cluster;
@@ -275,12 +303,16 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int first_b = 0; first_b < counts.b; first_b += shape.columns) {
         const int count_b = min(shape.columns, counts.b - first_b);
         const int fresh_a = first_b == 0 ? count_a : 0, fresh_b = all_b_fits && chunk > 0 ? 0 : count_b;
-        barrier(cluster);  // every block has started, and none reads the last chunk any more
-        load_metric(qkv, shape.keys, image * shape.keys.tokens, list_a + first_a, fresh_a, list_b + first_b, fresh_b,
-                    floats(at.a), floats(at.b), rank, cluster);
-        barrier(cluster);
-        normalise(shape.keys, floats(at.a), fresh_a, scale, floats(at.b), fresh_b);
+        const int share_b = (fresh_b + cluster - 1) / cluster;
+        const int skipped_b = min(rank * share_b, fresh_b), own_b = min(share_b, fresh_b - skipped_b);
+        float* b = floats(at.b) + skipped_b * pitch_of(shape.keys.dim);
+        arrive(cluster);
+        load_metric(qkv, shape.keys, image * shape.keys.tokens, list_a + first_a, fresh_a, list_b + first_b + skipped_b,
+                    own_b, floats(at.a), b);
         __syncthreads();
+        await_arrivals(cluster);  // every block has started, and none reads the last chunk any more
+        normalise(shape.keys, floats(at.a), fresh_a, scale, b, own_b, cluster);
+        barrier(cluster);
         search<kTile>(shape, floats(at.a), count_a, floats(at.b), count_b, first_b, longs(at.partial), best);
       }
       for (int row = int(threadIdx.x); row < count_a; row += kThreads) {
@@ -294,8 +326,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (rank != 0) return;
   write_plan(shape, counts, longs(at.order), shorts(at.column), list_a, list_b,
-             reinterpret_cast<uint32_t*>(shared + at.leaves), keep + image * (shape.keys.tokens - shape.r),
-             src + image * shape.r, dst + image * shape.r);
+             reinterpret_cast<uint32_t*>(shared + at.leaves), reinterpret_cast<uint32_t*>(shared + at.partial),
+             keep + image * (shape.keys.tokens - shape.r), src + image * shape.r, dst + image * shape.r);
 }
 
 template <class T>
@@ -360,8 +392,9 @@ Counts checked_sides(const MatchCall& call) {
 template <class T, int kTile>
 void launch(const MatchCall& call, Shape shape, Counts most, cudaStream_t stream) {
   const Layout at = fit(shape, kTile, most.a, most.b);
-  launch_clustered(match_kernel<T, kTile>, dim3(unsigned(call.batch * shape.cluster)), shape.cluster, size_t(at.bytes),
-                   stream, static_cast<const T*>(call.qkv), shape, at, call.in_side_a, call.keep, call.src, call.dst);
+  launch_search<&match_kernel<T, kTile>>(dim3(unsigned(call.batch * shape.cluster)), shape.cluster, size_t(at.bytes),
+                                         stream, static_cast<const T*>(call.qkv), shape, at, call.in_side_a, call.keep,
+                                         call.src, call.dst);
 }
 
 }  // namespace
@@ -376,7 +409,7 @@ void match_bipartite(const MatchCall& call, cudaStream_t stream) {
   if (call.batch == 0) return;
   with_type(call.dtype, [&](auto type) {
     using T = decltype(type);
-    const Device device = device_for(match_kernel<T, 4>);
+    const Device device = device_for<&match_kernel<T, 4>>();
     shape.cluster = call.r == 0 ? 1 : cluster_size(device, call.batch, call.tokens, kTokensOfBlock);
     // A tile of 8x8 halves the reads of shared memory; with few of them, four times as many threads are worth more.
     const int tiles = (round_up(most.a, 8 * shape.cluster) / (8 * shape.cluster)) * (round_up(most.b, 8) / 8);

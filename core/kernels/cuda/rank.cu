@@ -208,6 +208,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t image = int(blockIdx.x) / cluster;
   const int first_row = int(blockIdx.y) * shape.rows, rows = min(shape.rows, shape.tail - first_row);
   auto* ranked = reinterpret_cast<uint16_t*>(shared + at.ranked);
+  admit_next();
+  await_earlier();
   rank_all(shape, class_rows + image * shape.heads * shape.tokens, longs(at.order), ranked);
   if (rank == 0 && blockIdx.y == 0) {
     for (int i = thread; i < shape.keep; i += kThreads) out.keep[image * shape.keep + i] = ranked[i];
@@ -294,9 +296,10 @@ bool fit(Shape& shape, int tile_columns, Layout& at) {
 template <class T, int kColumns>
 void launch(const RankCall& call, const Shape& shape, const Layout& at, cudaStream_t stream) {
   const int chunks = std::max(1, (shape.tail + shape.rows - 1) / shape.rows);
-  launch_clustered(rank_kernel<T, kColumns>, dim3(unsigned(call.batch * shape.cluster), unsigned(chunks)),
-                   shape.cluster, size_t(at.bytes), stream, static_cast<const T*>(call.tokens), call.class_rows, shape,
-                   at, Outputs{call.keep, call.src, call.dst, call.cosine});
+  launch_search<&rank_kernel<T, kColumns>>(dim3(unsigned(call.batch * shape.cluster), unsigned(chunks)), shape.cluster,
+                                           size_t(at.bytes), stream, static_cast<const T*>(call.tokens),
+                                           call.class_rows, shape, at,
+                                           Outputs{call.keep, call.src, call.dst, call.cosine});
 }
 
 /// Rows, columns and cluster; false where shared memory does not suffice.
@@ -324,7 +327,7 @@ void rank_tokens(const RankCall& call, cudaStream_t stream) {
   shape.protected_tokens = call.protected_tokens;
   with_type(call.dtype, [&](auto type) {
     using T = decltype(type);
-    const Device device = device_for(rank_kernel<T, 4>);
+    const Device device = device_for<&rank_kernel<T, 4>>();
     // Few images: many small blocks, for the shortest way through; many: the least traffic.
     const bool small = int64_t(call.batch) * ((shape.tail + kMostRows - 1) / kMostRows) * 2 <= device.processors;
     Layout at{};

@@ -1,4 +1,4 @@
-// The instructions of attention on sm_90a: tensors copied by the copy engine, and matrices multiplied by a warpgroup.
+// Instructions of sm_90a: tensors copied by the copy engine, and matrices multiplied by a warpgroup.
 #pragma once
 #include <type_traits>
 
@@ -97,7 +97,11 @@ __device__ __forceinline__ void hold_back(float (&results)[N]) {
 #define PYRA_C8(i) PYRA_C4(i), PYRA_C4(i + 4)
 #define PYRA_C16(i) PYRA_C8(i), PYRA_C8(i + 8)
 #define PYRA_C32(i) PYRA_C16(i), PYRA_C16(i + 16)
+#define PYRA_REGS4 "%0, %1, %2, %3"
+#define PYRA_REGS8 PYRA_REGS4 ",%4, %5, %6, %7"
+#define PYRA_REGS12 PYRA_REGS8 ",%8, %9, %10, %11"
 #define PYRA_REGS16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define PYRA_REGS20 PYRA_REGS16 ",%16, %17, %18, %19"
 #define PYRA_REGS24 PYRA_REGS16 ",%16, %17, %18, %19, %20, %21, %22, %23"
 #define PYRA_REGS32 PYRA_REGS24 ",%24, %25, %26, %27, %28, %29, %30, %31"
 #define PYRA_REGS40 PYRA_REGS32 ",%32, %33, %34, %35, %36, %37, %38, %39"
@@ -125,7 +129,15 @@ __device__ __forceinline__ void hold_back(float (&results)[N]) {
 /// mma.sync's m16n8 tiles side by side.
 template <class T, int N>
 __device__ __forceinline__ void multiply_transposed(float (&c)[N / 2], uint64_t a, uint64_t b, bool add) {
-  if constexpr (N == 32) {
+  if constexpr (N == 8) {
+    PYRA_SS_OF(8, PYRA_REGS4, 4, 5, 6, PYRA_C4(0));
+  } else if constexpr (N == 16) {
+    PYRA_SS_OF(16, PYRA_REGS8, 8, 9, 10, PYRA_C8(0));
+  } else if constexpr (N == 24) {
+    PYRA_SS_OF(24, PYRA_REGS12, 12, 13, 14, PYRA_C8(0), PYRA_C4(8));
+  } else if constexpr (N == 40) {
+    PYRA_SS_OF(40, PYRA_REGS20, 20, 21, 22, PYRA_C16(0), PYRA_C4(16));
+  } else if constexpr (N == 32) {
     PYRA_SS_OF(32, PYRA_REGS16, 16, 17, 18, PYRA_C16(0));
   } else if constexpr (N == 48) {
     PYRA_SS_OF(48, PYRA_REGS24, 24, 25, 26, PYRA_C16(0), PYRA_C8(16));
@@ -166,7 +178,11 @@ __device__ __forceinline__ void multiply_shared(float (&c)[32], uint64_t a, uint
 #undef PYRA_C8
 #undef PYRA_C16
 #undef PYRA_C32
+#undef PYRA_REGS4
+#undef PYRA_REGS8
+#undef PYRA_REGS12
 #undef PYRA_REGS16
+#undef PYRA_REGS20
 #undef PYRA_REGS24
 #undef PYRA_REGS32
 #undef PYRA_REGS40

@@ -1,0 +1,80 @@
+// Launches that overlap the kernel before them (programmatic dependent launch, from sm_90 on).
+//
+// A kernel so launched may start when every block of its predecessor has said admit_next() or ended. Until
+// await_earlier() it may read what no kernel of the pass writes, weights above all, and must write nothing that another
+// reads. await_earlier() returns when the predecessor has ended and its writes are seen; as that one waited likewise,
+// all before it have ended too. So in every launch at least one thread of a kernel must wait, and a thread that touches
+// activations must.
+#pragma once
+#include <atomic>
+
+#include "kernels/cuda/device.cuh"
+
+namespace pyra::kernels::cuda {
+namespace {
+
+__device__ __forceinline__ void await_earlier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// By every thread or by one of each block.
+__device__ __forceinline__ void admit_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Whether the current device runs the kernel's code for sm_90 or newer, in which await_earlier() waits and blocks may
+/// form clusters. Asked once for each kernel.
+template <auto kKernel>
+bool has_sm90_code() {
+  static std::atomic<int> known[64];  // 0: not asked, 1: yes, -1: no
+  int device = 0;
+  PYRA_CUDA(cudaGetDevice(&device));
+  if (device >= 64) return false;
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    int major = 0;
+    cudaFuncAttributes attributes{};
+    PYRA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    PYRA_CUDA(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)));
+    answer = major >= 9 && attributes.ptxVersion >= 90 ? 1 : -1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer > 0;
+}
+
+struct LaunchShape {
+  dim3 grid;
+  int threads = 0;
+  size_t shared = 0;  ///< bytes, dynamic; above 48 KB the kernel must have been allowed them
+  int cluster = 1;    ///< blocks, along x
+};
+
+/// Launches a kernel that calls await_earlier(), beside the end of its predecessor in the stream where the device can.
+template <auto kKernel, class... Arguments>
+void launch_dependent(const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(unsigned(shape.threads));
+  config.dynamicSmemBytes = shape.shared;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (has_sm90_code<kKernel>()) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(shape.cluster), 1, 1};
+  }
+  PYRA_CUDA(cudaLaunchKernelEx(&config, kKernel, arguments...));
+}
+
+}  // namespace
+}  // namespace pyra::kernels::cuda

@@ -1,0 +1,124 @@
+#include "kernels/cuda/linear.h"
+
+#include "cuda/device.h"
+#include "kernels/cuda/linear_paths.h"
+#include "kernels/tensors.h"
+
+using namespace pyra;
+using namespace pyra::test;
+using kernels::cuda::DType;
+using kernels::cuda::Epilogue;
+using kernels::cuda::LinearCall;
+using kernels::cuda::SmallLinearCut;
+
+namespace {
+
+double limit(DType dtype) {
+  return dtype == DType::fp32 ? 2e-5 : dtype == DType::bf16 ? 1e-2 : 2e-3;
+}
+
+/// A layer with everything it may be given, on the device, and its result in double.
+struct Layer {
+  Layer(int64_t rows, int64_t in, int64_t out, DType compute, DType result, bool gelu)
+      : x(seeded({rows, in}, 1).to(scalar_type(compute))),
+        weight((seeded({out, in}, 2) / std::sqrt(double(in))).to(scalar_type(compute))),
+        bias(seeded({out}, 3).to(scalar_type(result))),
+        residual(seeded({rows, out}, 4).to(scalar_type(result))),
+        on_x(x),
+        on_weight(weight),
+        on_bias(bias),
+        on_residual(residual) {
+    call.x = on_x.get();
+    call.weight = on_weight.get();
+    call.bias = on_bias.get();
+    call.residual = gelu ? nullptr : on_residual.get();
+    call.rows = int(rows);
+    call.in = int(in);
+    call.out = int(out);
+    call.compute = compute;
+    call.result = result;
+    call.epilogue = gelu ? Epilogue::gelu_tanh : Epilogue::none;
+  }
+  [[nodiscard]] at::Tensor expected() const {
+    at::Tensor y = at::linear(x.to(at::kDouble), weight.to(at::kDouble), bias.to(at::kDouble));
+    if (call.epilogue == Epilogue::gelu_tanh) y = at::gelu(y, "tanh");
+    return call.residual ? y + residual.to(at::kDouble) : y;
+  }
+  template <class F>
+  [[nodiscard]] at::Tensor run(const F& f) const {
+    const OnDevice y({x.size(0), weight.size(0)}, scalar_type(call.result));
+    LinearCall to_y = call;
+    to_y.y = y.get();
+    f(to_y);
+    return y.cpu();
+  }
+  at::Tensor x, weight, bias, residual;
+  OnDevice on_x, on_weight, on_bias, on_residual;
+  LinearCall call;
+};
+
+/// Whether this GPU has the way for few rows: it takes this call wherever it exists.
+bool has_small_linear() {
+  LinearCall call;
+  call.rows = 8;
+  call.in = call.out = 64;
+  return kernels::cuda::small_linear_cut(call).rows > 0;
+}
+
+}  // namespace
+
+TEST_CASE("linear layers on the device equal the reference, few rows or many", "[cuda][linear][gpu]") {
+  PYRA_NEEDS_GPU();
+  kernels::cuda::LinearRunner runner(nullptr);
+  const auto compute = GENERATE(DType::fp32, DType::bf16, DType::fp16);
+  const bool onto_stream = GENERATE(false, true), gelu = GENERATE(false, true);
+  const auto [in, out] = GENERATE(table<int64_t, int64_t>(
+      {{768, 2304}, {768, 768}, {3072, 768}, {192, 576}, {384, 1536}, {1024, 1024}, {4096, 1024}, {96, 160}}));
+  const int64_t rows = GENERATE(1, 9, 51, 123, 160, 161);
+  CAPTURE(int(compute), onto_stream, gelu, in, out, rows);
+  const Layer layer(rows, in, out, compute, onto_stream ? DType::fp32 : compute, gelu);
+  const auto by_runner = [&](const LinearCall& call) { runner.run(call, nullptr); };
+  const at::Tensor y = layer.run(by_runner);
+  CHECK(relative_difference(y, layer.expected()) < limit(layer.call.result));
+  CHECK(at::equal(layer.run(by_runner), y));
+}
+
+TEST_CASE("a layer for few rows equals the reference however it is cut", "[cuda][linear][gpu]") {
+  PYRA_NEEDS_GPU();
+  if (!has_small_linear()) return;
+  const int tile = GENERATE(8, 16, 32, 48, 64, 80), splits = GENERATE(1, 2, 3, 4, 6, 8);
+  const auto dtype = GENERATE(DType::bf16, DType::fp16);
+  CAPTURE(tile, splits, int(dtype));
+  const int64_t in = 64 * 5 * int64_t(splits), rows = tile + 5;  // the second tile is not full
+  const Layer layer(rows, in, 192, dtype, DType::fp32, false);
+  const auto by_cut = [&](const LinearCall& call) { kernels::cuda::linear_sm90(call, {tile, splits}, nullptr); };
+  const at::Tensor y = layer.run(by_cut);
+  CHECK(relative_difference(y, layer.expected()) < limit(DType::fp32));
+  // A row's result is its own: the same without those that follow.
+  Layer fewer(rows, in, 192, dtype, DType::fp32, false);
+  fewer.call.rows = 3;
+  CHECK(at::equal(fewer.run(by_cut).narrow(0, 0, 3), y.narrow(0, 0, 3)));
+}
+
+TEST_CASE("the way for few rows takes what it was made for", "[cuda][linear][gpu]") {
+  PYRA_NEEDS_GPU();
+  if (!has_small_linear()) return;
+  const auto taken = [](const auto& change) {
+    LinearCall call;
+    call.rows = 27;
+    call.in = call.out = 768;
+    change(call);
+    return kernels::cuda::small_linear_cut(call).rows > 0;
+  };
+  CHECK(taken([](LinearCall&) {}));
+  CHECK(taken([](LinearCall& call) { call.result = DType::fp32; }));
+  CHECK(taken([](LinearCall& call) { call.epilogue = Epilogue::gelu_tanh; }));
+  CHECK_FALSE(taken([](LinearCall& call) { call.rows = 1000; }));
+  CHECK_FALSE(taken([](LinearCall& call) { call.in = 800; }));
+  CHECK_FALSE(taken([](LinearCall& call) { call.out = 800; }));
+  CHECK_FALSE(taken([](LinearCall& call) { call.compute = call.result = DType::fp32; }));
+  CHECK_FALSE(taken([](LinearCall& call) { call.transposed = true; }));
+  CHECK_FALSE(taken([](LinearCall& call) { call.y_stride = 1024; }));
+  CHECK_FALSE(taken([](LinearCall& call) { call.epilogue = Epilogue::gelu_tanh_keep; }));
+  CHECK_FALSE(taken([](LinearCall& call) { call.x = reinterpret_cast<const void*>(uintptr_t{8}); }));
+}
