@@ -177,11 +177,16 @@ TEST_CASE("replaying a forward allocates nothing", "[cuda][gpu]") {
   const auto gpu = on_gpu(vit, Precision::bf16);
   const at::Tensor images = bytes(config, 8);
   (void)gpu->time_ms(images, 1);
-  size_t before = 0, after = 0, total = 0;
-  PYRA_CUDA(cudaMemGetInfo(&before, &total));
-  CHECK(gpu->time_ms(images, 100).size() == 100);
-  PYRA_CUDA(cudaMemGetInfo(&after, &total));
-  CHECK(after == before);
+  // Whoever else uses the GPU takes and gives memory too: of three tries one must be undisturbed.
+  bool same = false;
+  for (int attempt = 0; attempt < 3 && !same; ++attempt) {
+    size_t before = 0, after = 0, total = 0;
+    PYRA_CUDA(cudaMemGetInfo(&before, &total));
+    CHECK(gpu->time_ms(images, 100).size() == 100);
+    PYRA_CUDA(cudaMemGetInfo(&after, &total));
+    same = after == before;
+  }
+  CHECK(same);
 }
 
 TEST_CASE("what the GPU does not do is refused in words", "[cuda][gpu]") {
