@@ -4,7 +4,8 @@
 // await_earlier() it may read what no kernel of the pass writes, weights above all, and must write nothing that another
 // reads. await_earlier() returns when the predecessor has ended and its writes are seen; as that one waited likewise,
 // all before it have ended too. So in every launch at least one thread of a kernel must wait, and a thread that touches
-// activations must.
+// activations must. A pass begins with a kernel that is launched plainly (extract_patches) or with a graph, so what the
+// pass before it changed, parameters included, is there for all.
 #pragma once
 #include <atomic>
 

@@ -30,8 +30,8 @@ namespace {
 constexpr int kFeatures = 64;                  // of a block
 constexpr int kChunkBytes = kBoxChannels * 2;  // of a row in a chunk
 constexpr int kWeightBytes = kFeatures * kChunkBytes;
-constexpr int kPitch = kFeatures + 4;  // floats from row to row of sums: stores meet no bank twice
-constexpr int kMostChunks = 12, kMostSplits = kMostClustered;
+constexpr int kPitch = kFeatures + 4;   // floats from row to row of sums: stores meet no bank twice
+constexpr int kMostChunks = 12;         // of a block
 constexpr int kMostShared = 227 << 10;  // of a block, on every Hopper
 constexpr int kGroups = 2, kThreads = kGroups * kGroup;
 
@@ -51,6 +51,8 @@ constexpr int shared_bytes(int rows, int chunks) {
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr int kMostSplits = kMostClustered;
 
 /// A warpgroup's part of a block's 64 features of `Rows` rows of x: half of the rows, or all, for the first alone.
 template <class T, int Rows>

@@ -216,7 +216,8 @@ __device__ void search(const Shape& shape, const float* a, int count_a, const fl
       const int lane = int(threadIdx.x) % kHalfWarp, row = int(threadIdx.x) / kHalfWarp;
       uint64_t better = kNoPartner;
       if (row < count_a)
-        better = better_partner(best[row], partial, shape.slots, tiles, row, first, last, lane, kHalfWarp);
+        better = better_partner(lane == 0 ? best[row] : kNoPartner, partial, shape.slots, tiles, row, first, last, lane,
+                                kHalfWarp);
 #pragma unroll
       for (int offset = kHalfWarp / 2; offset > 0; offset /= 2)
         better = max(better, __shfl_xor_sync(kAllLanes, better, offset, kHalfWarp));
