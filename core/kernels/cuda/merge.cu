@@ -410,8 +410,8 @@ int slices_of(const MergeCall& call) {
 }
 
 template <class S>
-void launch(const MergeCall& call, int blocks, cudaStream_t stream) {
-  const int slice = (call.kept + blocks - 1) / blocks;
+void launch(const MergeCall& call, int slices, cudaStream_t stream) {
+  const int slice = (call.kept + slices - 1) / slices, blocks = (call.kept + slice - 1) / slice;
   const size_t bytes = Shared<S>::bytes(call, S::kLone ? call.kept : slice), limit = shared_memory_limit();
   if (bytes > limit)
     fail(ExitCode::device, "merge: a plan of ", call.merged, " pairs of ", call.channels, " channels needs ", bytes,
