@@ -9,7 +9,6 @@ using namespace pyra::test;
 using kernels::cuda::DType;
 using kernels::cuda::Epilogue;
 using kernels::cuda::LinearCall;
-using kernels::cuda::SmallLinearCut;
 
 namespace {
 
@@ -57,13 +56,20 @@ struct Layer {
   LinearCall call;
 };
 
-/// Whether this GPU has the way for few rows: it takes this call wherever it exists.
-bool has_small_linear() {
-  LinearCall call;
-  call.rows = 8;
-  call.in = call.out = 64;
-  return kernels::cuda::small_linear_cut(call).rows > 0;
+bool is_hopper() {
+  int device = 0, major = 0, minor = 0;
+  PYRA_CUDA(cudaGetDevice(&device));
+  PYRA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  PYRA_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return major == 9 && minor == 0;
 }
+
+#define PYRA_NEEDS_HOPPER()                                    \
+  PYRA_NEEDS_GPU();                                            \
+  if (!is_hopper()) {                                          \
+    std::puts("skipped: not a GPU of compute capability 9.0"); \
+    return;                                                    \
+  }
 
 }  // namespace
 
@@ -84,14 +90,15 @@ TEST_CASE("linear layers on the device equal the reference, few rows or many", "
 }
 
 TEST_CASE("a layer for few rows equals the reference however it is cut", "[cuda][linear][gpu]") {
-  PYRA_NEEDS_GPU();
-  if (!has_small_linear()) return;
+  PYRA_NEEDS_HOPPER();
   const int tile = GENERATE(8, 16, 32, 48, 64, 80), splits = GENERATE(1, 2, 3, 4, 6, 8);
   const auto dtype = GENERATE(DType::bf16, DType::fp16);
   CAPTURE(tile, splits, int(dtype));
   const int64_t in = 64 * 5 * int64_t(splits), rows = tile + 5;  // the second tile is not full
   const Layer layer(rows, in, 192, dtype, DType::fp32, false);
-  const auto by_cut = [&](const LinearCall& call) { kernels::cuda::linear_sm90(call, {tile, splits}, nullptr); };
+  const auto by_cut = [&](const LinearCall& call) {
+    REQUIRE(kernels::cuda::linear_sm90(call, {tile, splits}, nullptr));
+  };
   const at::Tensor y = layer.run(by_cut);
   CHECK(relative_difference(y, layer.expected()) < limit(DType::fp32));
   // A row's result is its own: the same without those that follow.
@@ -101,8 +108,7 @@ TEST_CASE("a layer for few rows equals the reference however it is cut", "[cuda]
 }
 
 TEST_CASE("the way for few rows takes what it was made for", "[cuda][linear][gpu]") {
-  PYRA_NEEDS_GPU();
-  if (!has_small_linear()) return;
+  PYRA_NEEDS_HOPPER();
   const auto taken = [](const auto& change) {
     LinearCall call;
     call.rows = 27;
@@ -121,4 +127,47 @@ TEST_CASE("the way for few rows takes what it was made for", "[cuda][linear][gpu
   CHECK_FALSE(taken([](LinearCall& call) { call.y_stride = 1024; }));
   CHECK_FALSE(taken([](LinearCall& call) { call.epilogue = Epilogue::gelu_tanh_keep; }));
   CHECK_FALSE(taken([](LinearCall& call) { call.x = reinterpret_cast<const void*>(uintptr_t{8}); }));
+}
+
+TEST_CASE("cuts that do not fit are refused", "[cuda][linear][gpu]") {
+  PYRA_NEEDS_HOPPER();
+  const Layer layer(27, 768, 192, DType::bf16, DType::bf16, false);
+  const auto refused = [&](int rows, int splits) {
+    CHECK_THROWS_AS(layer.run([&](const LinearCall& call) {
+      (void)kernels::cuda::linear_sm90(call, {rows, splits}, nullptr);
+    }),
+                    Error);
+  };
+  refused(0, 1);
+  refused(32, 0);
+  refused(32, 5);   // of 12 chunks
+  refused(32, 12);  // more than a cluster has
+}
+
+TEST_CASE("layers that start beside the end of the one before give what they give alone", "[cuda][linear][gpu]") {
+  PYRA_NEEDS_HOPPER();
+  kernels::cuda::LinearRunner runner(nullptr);
+  const int64_t rows = GENERATE(9, 51, 160), channels = 768;
+  CAPTURE(rows);
+  // Each reads what the one before has just written; the last onto what it adds to, as in a block.
+  const Layer layer(rows, channels, channels, DType::bf16, DType::bf16, false);
+  const auto chain = [&](bool alone) {
+    const OnDevice a(layer.x), b(layer.residual);
+    LinearCall call = layer.call;
+    for (int i = 0; i < 60; ++i) {
+      call.x = i % 2 == 0 ? a.get() : b.get();
+      call.y = i % 2 == 0 ? b.get() : a.get();
+      call.residual = i % 3 == 0 ? call.y : nullptr;
+      runner.run(call, nullptr);
+      if (alone) PYRA_CUDA(cudaDeviceSynchronize());
+    }
+    return std::pair(a.cpu(), b.cpu());
+  };
+  const auto expected = chain(true);
+  CHECK(at::isfinite(expected.first).all().item<bool>());
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    const auto found = chain(false);
+    CHECK(at::equal(found.first, expected.first));
+    CHECK(at::equal(found.second, expected.second));
+  }
 }

@@ -178,6 +178,7 @@ void HostPlanner::send_plan(int batch, kernels::cuda::MergeCall& call, cudaStrea
     call.src_size_scale = scale_.device.get<float>();
   }
   if (shape_->gate) {
+    // The merge may read a gate before await_earlier() (dependent.cuh): nothing but this copy may stand between.
     gate_.to_device((r + 3 * c) * 4, stream);
     const float* gate = gate_.device.get<float>();
     call.gate_b = gate;

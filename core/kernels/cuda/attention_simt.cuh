@@ -87,7 +87,7 @@ class SimtTile {
     for (int d = 0; d < D; d += 4) {
       float4 q[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) q[i] = __ldg(reinterpret_cast<const float4*>(query_[i] + d));
+      for (int i = 0; i < 4; ++i) q[i] = *reinterpret_cast<const float4*>(query_[i] + d);
 #pragma unroll
       for (int j = 0; j < 2 * Pairs; ++j) {
         const float4 k = *reinterpret_cast<const float4*>(keys + (8 * j + column()) * kStride + d);

@@ -1,5 +1,5 @@
-// Blocks that share an image as a cluster: their barrier, each other's shared memory, and how many they may be. On
-// devices without clusters, and where one block has the image to itself, a cluster is one block.
+// Blocks that share an image or a sum as a cluster: their barrier, each other's shared memory, and how many they may
+// be. On devices without clusters, and where one block has the image to itself, a cluster is one block.
 #pragma once
 #include "kernels/cuda/dependent.cuh"
 

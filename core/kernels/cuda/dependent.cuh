@@ -4,8 +4,9 @@
 // await_earlier() it may read what no kernel of the pass writes, weights above all, and must write nothing that another
 // reads. await_earlier() returns when the predecessor has ended and its writes are seen; as that one waited likewise,
 // all before it have ended too. So in every launch at least one thread of a kernel must wait, and a thread that touches
-// activations must. A pass begins with a kernel that is launched plainly (extract_patches) or with a graph, so what the
-// pass before it changed, parameters included, is there for all.
+// activations must, and must not read them by __ldg or through __restrict__: that says they are read-only as long as
+// the kernel lives, and it lives already while they are written. A pass begins with a kernel that is launched plainly
+// (extract_patches) or with a graph, so what the pass before it changed, parameters included, is there for all.
 #pragma once
 #include <atomic>
 

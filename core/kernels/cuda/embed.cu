@@ -290,7 +290,6 @@ void assemble_tokens(const AssembleCall& call, cudaStream_t stream) {
       launch(Compute{});
     });
   });
-  PYRA_CUDA_LAUNCHED();
 }
 
 void gelu_erf(void* y, DType dtype, int64_t count, cudaStream_t stream) {

@@ -46,7 +46,7 @@ inline CUtensorMap map_of(const void* data, int channels, int tokens, int batch,
       encoder()(&map, type, 3, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
-    fail(ExitCode::device, "the driver refuses a map of ", batch, " images of ", tokens, " tokens and ", channels,
+    fail(ExitCode::device, "the driver refuses a map of ", batch, " x ", tokens, " rows of ", channels,
          " channels (error ", int(status), ")");
   }
   return map;

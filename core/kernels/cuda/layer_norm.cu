@@ -117,7 +117,6 @@ void layer_norm(const LayerNormCall& call, cudaStream_t stream) {
       });
     });
   });
-  PYRA_CUDA_LAUNCHED();
 }
 
 void mean_of_tokens(const void* x, DType residual, int batch, int tokens, int first, int channels, float* out,

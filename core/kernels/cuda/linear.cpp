@@ -201,7 +201,7 @@ LinearRunner::Plan& LinearRunner::plan_of(const LinearCall& call, cudaStream_t s
 void LinearRunner::run(const LinearCall& call, cudaStream_t stream) {
   if (call.rows < 1 || call.in < 1 || call.out < 1)
     fail(ExitCode::internal, "linear: [", call.rows, ",", call.in, "] x [", call.out, ",", call.in, "]ᵀ");
-  if (const SmallLinearCut cut = small_linear_cut(call); cut.rows > 0) return linear_sm90(call, cut, stream);
+  if (const SmallLinearCut cut = small_linear_cut(call); cut.rows > 0 && linear_sm90(call, cut, stream)) return;
   const Plan& plan = plan_of(call, stream);
   check_blas(launch(plan, plan.algorithm, call, stream), "cublasLtMatmul", &call);
 }

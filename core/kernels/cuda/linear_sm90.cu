@@ -1,7 +1,7 @@
 // y = act(x Wᵀ + b), or residual + x Wᵀ + b, for few rows: Hopper's way.
 //
-// With few rows a layer is bound by its weights' way from memory and by latencies, not by arithmetic. A block is one
-// warpgroup and owns 64 output features of some rows of x, over a piece of the sum; the blocks of a cluster own the
+// With few rows a layer is bound by its weights' way from memory and by latencies, not by arithmetic. A block is two
+// warpgroups and owns 64 output features of some rows of x, over a piece of the sum; the blocks of a cluster own the
 // pieces. All that a block needs fits its shared memory, so there is no pipeline: the copy engine brings the weights
 // before the kernel in front has ended (dependent.cuh), and x after. wgmma's 64 rows are features and its N columns
 // rows of x, as few as 8, so few rows waste no arithmetic. Each block leaves its sums [row][feature] in shared memory,
@@ -16,8 +16,6 @@
 //   3.9 (7.2), 4.4 (7.1), 5.3 (7.2), 6.2 (7.3).
 // Tried: one warpgroup a block instead of two (157 rows: 5.3, 4.7, 6.7, 6.7); 197 rows and more (two warpgroups were
 // not tried there; one took 5.7, 4.7, 8.4, 8.7 where cuBLASLt takes 4.9, 4.4, 6.5, 8.3): x is read too often.
-#include <algorithm>
-
 #include "base/error.h"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/hopper.cuh"
@@ -268,12 +266,14 @@ bool with_tile(int rows, const F& f) {
 }  // namespace
 
 SmallLinearCut small_linear_cut(const LinearCall& call) {
-  // Beyond these rows cuBLASLt's larger tiles read x less often and win.
+  // Beyond these rows cuBLASLt's larger tiles read x less often and win; of 768 to 768 already from some 130 on, by a
+  // few tenths of a microsecond, which launches that overlap give back.
   constexpr int kMostRows = 160, kRowsOfTile = 64, kBlocksWanted = 36;
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   const bool plain = call.compute != DType::fp32 && (call.result == DType::fp32 || call.result == call.compute) &&
                      (call.epilogue == Epilogue::none || call.epilogue == Epilogue::gelu_tanh) && !call.transposed &&
-                     !call.activation && !call.x_stride && !call.weight_stride && !call.y_stride;
+                     !(call.residual && call.epilogue != Epilogue::none) && !call.activation && !call.x_stride &&
+                     !call.weight_stride && !call.y_stride;
   const bool whole = call.in % kBoxChannels == 0 && call.out % kFeatures == 0 && aligned(call.x) &&
                      aligned(call.weight) && aligned(call.bias) && aligned(call.residual) && aligned(call.y);
   if (!plain || !whole || call.rows > kMostRows || !hopper_device().usable) return {};
@@ -292,15 +292,20 @@ SmallLinearCut small_linear_cut(const LinearCall& call) {
   return best;
 }
 
-void linear_sm90(const LinearCall& call, SmallLinearCut cut, cudaStream_t stream) {
+bool linear_sm90(const LinearCall& call, SmallLinearCut cut, cudaStream_t stream) {
+  const int chunks = call.in / kBoxChannels, of_block = cut.splits < 1 ? 0 : chunks / cut.splits;
+  if (cut.rows < 1 || cut.splits < 1 || cut.splits > kMostClustered ||
+      of_block * cut.splits * kBoxChannels != call.in || call.out % kFeatures != 0 || of_block > kMostChunks ||
+      shared_bytes(cut.rows, of_block) > kMostShared)
+    fail(ExitCode::internal, "linear: [", call.rows, ",", call.in, "] x [", call.out, ",", call.in, "]ᵀ in tiles of ",
+         cut.rows, " rows and ", cut.splits, " pieces");
   bool done = false;
   with_tile(cut.rows, [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
     if (call.compute == DType::bf16) done = launch<__nv_bfloat16, kRows>(call, cut.splits, stream);
     if (call.compute == DType::fp16) done = launch<__half, kRows>(call, cut.splits, stream);
   });
-  if (!done)
-    fail(ExitCode::internal, "linear: no way for few rows on this device, of ", call.rows, " in tiles of ", cut.rows);
+  return done;
 }
 
 }  // namespace pyra::kernels::cuda

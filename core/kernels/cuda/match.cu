@@ -81,7 +81,7 @@ __device__ __forceinline__ void head_mean(const T* first, const Keys& keys, floa
     for (int h = 0; h < kHeadsInFlight; ++h) {
       // Beyond the last head: zeros, which leave a sum as it is.
       raw[h] = make_uint4(0, 0, 0, 0);
-      if (head + h < keys.heads) raw[h] = __ldg(reinterpret_cast<const uint4*>(first + h * keys.dim));
+      if (head + h < keys.heads) raw[h] = *reinterpret_cast<const uint4*>(first + h * keys.dim);
     }
     first += kHeadsInFlight * keys.dim;
 #pragma unroll
@@ -236,7 +236,7 @@ __device__ void write_plan(const Shape& shape, Counts counts, const uint64_t* or
                            int32_t* keep, int32_t* src, int32_t* dst) {
   const int first_b = shape.protected_tokens + counts.a - shape.r, kept = shape.keys.tokens - shape.r;
   const int whole_warps = (counts.a + kWarp - 1) / kWarp * kWarp;
-  const bool shared_out = shape.r > 0 && 2 * whole_warps <= kThreads;  // two threads a row
+  const bool shared_out = shape.r > 0 && counts.a > 0 && 2 * whole_warps <= kThreads;  // two threads a row
   if (shared_out) {
     const int row = min(int(threadIdx.x) % whole_warps, counts.a - 1), part = int(threadIdx.x) / whole_warps;
     const int middle = counts.a / 2;

@@ -17,7 +17,8 @@
 // for 1.03): the way through shared memory costs more than the wait that it hides, with 24 warps to switch between.
 // The gates shared by a cluster of an image's blocks, sums passed through distributed shared memory (23 % fewer rows to
 // read at the high schedule), and with or without it: rows with sources first and dealt to warps as they come, the next
-// row asked into L2 or L1, the plan staged with one wait instead of three: 0.83 to 0.85 ms for 0.75 (high), 1.13
+// row asked into L2 or L1, the plan staged with one wait instead of three (lone blocks, which came later, have the last
+// two): 0.83 to 0.85 ms for 0.75 (high), 1.13
 // for 1.03 (low), and for one image 1 571 to 1 670 images/s for 1 714. Nor does the whole pass gain by it (42 091 to 42
 // 684 images/s for 41 943, within what a repeated run differs by).
 //

@@ -96,7 +96,7 @@ __device__ __forceinline__ void fetch(const T* x, int channels, int channel, con
     raw[i] = make_uint4(0, 0, 0, 0);
     if (place >= staged.rows + staged.columns || c >= channels) continue;
     const int rank = place < staged.rows ? staged.first_row + place : staged.first_column + place - staged.rows;
-    raw[i] = __ldg(reinterpret_cast<const uint4*>(x + int64_t(staged.ranked[rank]) * channels + c));
+    raw[i] = *reinterpret_cast<const uint4*>(x + int64_t(staged.ranked[rank]) * channels + c);
   }
 }
 
