@@ -270,6 +270,7 @@ TEST_CASE("attention's gradient on the GPU refuses what it cannot do", "[gpu][at
   };
   using Call = AttentionBackwardCall;
   check_head_limits<Call>(code_of);
+  CHECK(code_of([](Call& call) { call.dtype = static_cast<DType>(7); }) == ExitCode::usage);
   CHECK(code_of([](Call& call) { call.qkv = nullptr; }) == ExitCode::usage);
   CHECK(code_of([](Call& call) { call.qkv = static_cast<const char*>(call.qkv) + 4; }) == ExitCode::usage);
   CHECK(code_of([](Call& call) { call.out = nullptr; }) == ExitCode::usage);

@@ -193,13 +193,7 @@ TEST_CASE("attention on the GPU refuses what it cannot do", "[gpu][attention]") 
     }
     return ExitCode::ok;
   };
-  CHECK(code_of([](AttentionCall& call) { call.batch = 0; }) == ExitCode::ok);
-  CHECK(code_of([](AttentionCall& call) { call.batch = -1; }) == ExitCode::usage);
-  CHECK(code_of([](AttentionCall& call) { call.tokens = 0; }) == ExitCode::usage);
-  CHECK(code_of([](AttentionCall& call) { call.tokens = 1025; }) == ExitCode::usage);
-  CHECK(code_of([](AttentionCall& call) { call.heads = 0; }) == ExitCode::usage);
-  CHECK(code_of([](AttentionCall& call) { call.head_dim = 24; }) == ExitCode::usage);
-  CHECK(code_of([](AttentionCall& call) { call.head_dim = 144; }) == ExitCode::usage);
+  check_head_limits<AttentionCall>(code_of);
   CHECK(code_of([](AttentionCall& call) { call.qkv = nullptr; }) == ExitCode::usage);
   CHECK(code_of([](AttentionCall& call) { call.qkv = static_cast<const char*>(call.qkv) + 4; }) == ExitCode::usage);
   CHECK(code_of([](AttentionCall& call) { call.out = nullptr; }) == ExitCode::usage);

@@ -15,10 +15,6 @@ using kernels::cuda::PatchCall;
 
 namespace {
 
-double limit(DType dtype) {
-  return dtype == DType::fp32 ? 1e-5 : dtype == DType::bf16 ? 1e-2 : 2e-3;
-}
-
 /// [B,3,S,S] -> [B*P,3*patch*patch], as nn/vit_forward.cpp cuts it.
 at::Tensor cut(const at::Tensor& images, int64_t patch) {
   const int64_t batch = images.size(0), side = images.size(2) / patch;
@@ -124,7 +120,7 @@ TEST_CASE("cuda assemble_tokens equals the reference", "[cuda][embed][gpu]") {
                                                      seeded({t.channels}, 3).to(at::kDouble), 1e-6, at::kDouble);
   const Assembled got = assemble(embedded, prefix, positions, residual, compute);
   CHECK(at::equal(got.x, x.to(scalar_type(residual))));
-  CHECK(relative_difference(got.y.view({-1, t.channels}), y) < limit(compute));
+  CHECK(relative_difference(got.y.view({-1, t.channels}), y) < rounding_limit(compute));
 
   const Assembled reversed = assemble(embedded.flip(0), prefix, positions, residual, compute);
   CHECK(at::equal(reversed.x, got.x.flip(0)));
@@ -143,7 +139,7 @@ TEST_CASE("cuda gelu_erf is exact GELU in place", "[cuda][embed][gpu]") {
   const at::Tensor x = seeded({count}, 1, 2.0).to(scalar_type(dtype));
   const OnDevice y(x);
   kernels::cuda::gelu_erf(y.get(), dtype, count, nullptr);
-  CHECK(relative_difference(y.cpu(), at::gelu(x.to(at::kDouble))) < limit(dtype));
+  CHECK(relative_difference(y.cpu(), at::gelu(x.to(at::kDouble))) < rounding_limit(dtype));
 }
 
 TEST_CASE("cuda embedding refuses calls it cannot serve", "[cuda][embed][gpu]") {

@@ -12,10 +12,6 @@ using kernels::cuda::LayerNormCall;
 
 namespace {
 
-double limit(DType dtype) {
-  return dtype == DType::fp32 ? 1e-5 : dtype == DType::bf16 ? 1e-2 : 2e-3;
-}
-
 struct Parameters {
   explicit Parameters(int64_t channels)
       : weight(seeded({channels}, 2, 0.3) + 1), bias(seeded({channels}, 3)), w(weight), b(bias) {}
@@ -56,7 +52,7 @@ TEST_CASE("cuda layer_norm equals the reference", "[cuda][layer_norm][gpu]") {
       x.slice(1, 0, channels).to(at::kDouble), p.weight.to(at::kDouble), p.bias.to(at::kDouble), 1e-6, at::kDouble);
   const at::Tensor y = run(x, channels, p, residual, compute);
   CHECK(y.scalar_type() == scalar_type(compute));
-  CHECK(relative_difference(y, expected) < limit(compute));
+  CHECK(relative_difference(y, expected) < rounding_limit(compute));
 }
 
 TEST_CASE("a row of cuda layer_norm does not depend on the others", "[cuda][layer_norm][gpu]") {

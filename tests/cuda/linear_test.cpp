@@ -12,10 +12,6 @@ using kernels::cuda::LinearCall;
 
 namespace {
 
-double limit(DType dtype) {
-  return dtype == DType::fp32 ? 2e-5 : dtype == DType::bf16 ? 1e-2 : 2e-3;
-}
-
 /// A layer with everything it may be given, on the device, and its result in double.
 struct Layer {
   Layer(int64_t rows, int64_t in, int64_t out, DType compute, DType result, bool gelu)
@@ -64,11 +60,11 @@ bool is_hopper() {
   return major == 9 && minor == 0;
 }
 
-#define PYRA_NEEDS_HOPPER()                                    \
-  PYRA_NEEDS_GPU();                                            \
-  if (!is_hopper()) {                                          \
-    std::puts("skipped: not a GPU of compute capability 9.0"); \
-    return;                                                    \
+#define PYRA_NEEDS_HOPPER()                                         \
+  PYRA_NEEDS_GPU();                                                 \
+  if (!is_hopper()) {                                               \
+    std::puts("skipped: no CUDA device of compute capability 9.0"); \
+    return;                                                         \
   }
 
 }  // namespace
@@ -85,7 +81,7 @@ TEST_CASE("linear layers on the device equal the reference, few rows or many", "
   const Layer layer(rows, in, out, compute, onto_stream ? DType::fp32 : compute, gelu);
   const auto by_runner = [&](const LinearCall& call) { runner.run(call, nullptr); };
   const at::Tensor y = layer.run(by_runner);
-  CHECK(relative_difference(y, layer.expected()) < limit(layer.call.result));
+  CHECK(relative_difference(y, layer.expected()) < rounding_limit(layer.call.result, 2e-5));
   CHECK(at::equal(layer.run(by_runner), y));
 }
 
@@ -100,7 +96,7 @@ TEST_CASE("a layer for few rows equals the reference however it is cut", "[cuda]
     REQUIRE(kernels::cuda::linear_sm90(call, {tile, splits}, nullptr));
   };
   const at::Tensor y = layer.run(by_cut);
-  CHECK(relative_difference(y, layer.expected()) < limit(DType::fp32));
+  CHECK(relative_difference(y, layer.expected()) < rounding_limit(DType::fp32, 2e-5));
   // A row's result is its own: the same without those that follow.
   Layer fewer(rows, in, 192, dtype, DType::fp32, false);
   fewer.call.rows = 3;

@@ -215,6 +215,7 @@ TEST_CASE("masked attention on the GPU refuses what it cannot do", "[gpu][masked
   };
   using Call = MaskedAttentionCall;
   check_head_limits<Call>(code_of);
+  CHECK(code_of([](Call& call) { call.dtype = static_cast<DType>(7); }) == ExitCode::usage);
   CHECK(code_of([](Call& call) { call.qkv = static_cast<const char*>(call.qkv) + 4; }) == ExitCode::usage);
   CHECK(code_of([](Call& call) { call.mask = nullptr; }) == ExitCode::usage);
   CHECK(code_of([](Call& call) { call.out = nullptr; }) == ExitCode::usage);

@@ -42,10 +42,6 @@ const Sizes kShapes[] = {{1, 1, 1, 0, 8},    {1, 2, 2, 0, 64},        {2, 2, 1, 
                          {2, 17, 9, 3, 384}, {3, 197, 157, 40, 768},  {2, 101, 80, 21, 1024}, {1, 60, 1, 59, 1280},
                          {1, 9, 6, 3, 4096}, {2, 300, 170, 130, 264}, {140, 20, 12, 8, 1280}, {140, 9, 6, 3, 4096}};
 
-double limit(DType dtype) {
-  return dtype == DType::fp32 ? 2e-5 : dtype == DType::bf16 ? 1e-2 : 2e-3;
-}
-
 struct Case {
   at::Tensor x, sizes, norm_weight, norm_bias;
   MergeArguments plan;
@@ -169,9 +165,9 @@ TEST_CASE("cuda merge equals the reference", "[cuda][merge][gpu]") {
   const at::Tensor y = kernels::layer_norm_reference(expected.tokens.view({-1, shape.channels}), d.norm_weight,
                                                      d.norm_bias, 1e-6, at::kDouble);
   const Result got = run(c, types);
-  CHECK(relative_difference(got.x, expected.tokens) < limit(types.residual));
+  CHECK(relative_difference(got.x, expected.tokens) < rounding_limit(types.residual, 2e-5));
   CHECK(relative_difference(got.sizes, expected.sizes) < 1e-6);
-  CHECK(relative_difference(got.y.view({-1, shape.channels}), y) < limit(types.compute));
+  CHECK(relative_difference(got.y.view({-1, shape.channels}), y) < rounding_limit(types.compute, 2e-5));
 }
 
 TEST_CASE("cuda merge copies tokens that receive none, bit for bit", "[cuda][merge][gpu]") {
@@ -252,7 +248,7 @@ TEST_CASE("a cuda merge where all go to one token, or the last ones", "[cuda][me
   const Case d = in_double(c);
   const auto expected = kernels::merge_tokens_reference(d.x, d.sizes, d.plan);
   const Result got = run(c, types);
-  CHECK(relative_difference(got.x, expected.tokens) < limit(types.residual));
+  CHECK(relative_difference(got.x, expected.tokens) < rounding_limit(types.residual, 2e-5));
   CHECK(relative_difference(got.sizes, expected.sizes) < 1e-6);
 }
 

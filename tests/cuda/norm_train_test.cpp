@@ -15,11 +15,6 @@ namespace {
 
 constexpr double kEps = 1e-6;
 
-/// bf16 and fp16: what is kept of the forward pass and what leaves is rounded to 8 and 11 bits.
-double limit(DType dtype) {
-  return dtype == DType::fp32 ? 1e-5 : dtype == DType::bf16 ? 1e-2 : 2e-3;
-}
-
 struct Sizes {
   int64_t images, tokens, channels;
 };
@@ -170,12 +165,13 @@ TEST_CASE("cuda add_norm and its gradient equal autograd", "[cuda][norm_train][g
   const Forward f = forward(c);
   CHECK(relative_difference(f.x, sum) < 1e-6);
   CHECK(relative_difference(f.inverse, inverse) < 1e-5);
-  CHECK(relative_difference(f.normalised, (sum - sum.mean(-1, true)) * inverse.unsqueeze(-1)) < limit(compute));
-  CHECK(relative_difference(f.y.slice(2, 0, shape.channels), y) < limit(compute));
+  CHECK(relative_difference(f.normalised, (sum - sum.mean(-1, true)) * inverse.unsqueeze(-1)) <
+        rounding_limit(compute));
+  CHECK(relative_difference(f.y.slice(2, 0, shape.channels), y) < rounding_limit(compute));
   CHECK(f.y.slice(2, shape.channels).isnan().all().item<bool>());  // nothing was written behind
   const Backward b = backward(c, f);
-  CHECK(relative_difference(b.d_x, gradients[0]) < limit(compute));
-  CHECK(relative_difference(b.d_branch, gradients[1]) < limit(compute));
+  CHECK(relative_difference(b.d_x, gradients[0]) < rounding_limit(compute));
+  CHECK(relative_difference(b.d_branch, gradients[1]) < rounding_limit(compute));
 }
 
 TEST_CASE("cuda norm_backward's branch is its stream, scaled and rounded", "[cuda][norm_train][gpu]") {
@@ -212,7 +208,7 @@ TEST_CASE("cuda add_norm adds exactly, with and without a norm", "[cuda][norm_tr
   CHECK(at::equal(forward(only).x, c.x));
   const Forward f = forward(c);
   CHECK(at::equal(f.x, c.x));
-  CHECK(relative_difference(f.y, normed(in_double(c.x), c.weight, c.bias)) < limit(compute));
+  CHECK(relative_difference(f.y, normed(in_double(c.x), c.weight, c.bias)) < rounding_limit(compute));
 }
 
 TEST_CASE("a dropped branch leaves its image's stream and gets no gradient", "[cuda][norm_train][gpu]") {

@@ -255,7 +255,7 @@ void launch(const AttentionCall& call, const Plan& plan, cudaStream_t stream) {
 template <class Tile>
 void run(const AttentionCall& call, cudaStream_t stream) {
   const size_t limit = shared_memory_limit();
-  const Plan plan = plan_for<Tile>(call, limit, device_attribute(cudaDevAttrMultiProcessorCount));
+  const Plan plan = plan_for<Tile>(call, limit, multiprocessors());
   if (plan.shared > limit) {
     fail(ExitCode::device, "attention: heads of ", call.head_dim, " channels and ", call.tokens, " tokens need ",
          plan.shared, " bytes of shared memory, the device gives a block ", limit);

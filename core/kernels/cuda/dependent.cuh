@@ -8,8 +8,6 @@
 // the kernel lives, and it lives already while they are written. A pass begins with a kernel that is launched plainly
 // (extract_patches) or with a graph, so what the pass before it changed, parameters included, is there for all.
 #pragma once
-#include <atomic>
-
 #include "kernels/cuda/device.cuh"
 
 namespace pyra::kernels::cuda {
@@ -32,20 +30,14 @@ __device__ __forceinline__ void admit_next() {
 /// form clusters. Asked once for each kernel.
 template <auto kKernel>
 bool has_sm90_code() {
-  static std::atomic<int> known[64];  // 0: not asked, 1: yes, -1: no
-  int device = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  if (device >= 64) return false;
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    int major = 0;
-    cudaFuncAttributes attributes{};
-    PYRA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    PYRA_CUDA(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)));
-    answer = major >= 9 && attributes.ptxVersion >= 90 ? 1 : -1;
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer > 0;
+  static std::atomic<int> known[64];
+  return asked_once(known, [](int device) {
+           int major = 0;
+           cudaFuncAttributes attributes{};
+           PYRA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+           PYRA_CUDA(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)));
+           return major >= 9 && attributes.ptxVersion >= 90 ? 1 : -1;
+         }) > 0;
 }
 
 struct LaunchShape {

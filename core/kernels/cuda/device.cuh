@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "kernels/cuda/cuda_call.h"
@@ -73,6 +74,18 @@ __device__ __forceinline__ float warp_sum(float x) {
   float sum = 0;
   for (int head = 0; head < heads; ++head) sum += class_rows[int64_t(head) * tokens + token];
   return __fdiv_rn(sum, float(heads));
+}
+
+/// ask(device)'s answer for the current device, asked once: `known` keeps those of a question by device, 0 where it was
+/// not asked yet, and so must not be an answer. 0 for devices beyond the 64th.
+template <class F>
+int asked_once(std::atomic<int> (&known)[64], const F& ask) {
+  int device = 0;
+  PYRA_CUDA(cudaGetDevice(&device));
+  if (device >= 64) return 0;
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) known[device].store(answer = ask(device), std::memory_order_relaxed);
+  return answer;
 }
 
 [[nodiscard]] inline int multiprocessors() {

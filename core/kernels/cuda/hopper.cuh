@@ -3,10 +3,9 @@
 #include <cuda.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "base/error.h"
-#include "kernels/cuda/cuda_call.h"
+#include "kernels/cuda/device.cuh"
 
 namespace pyra::kernels::cuda {
 namespace {
@@ -53,23 +52,17 @@ inline CUtensorMap map_of(const void* data, int channels, int tokens, int batch,
 }
 
 /// Whether the program holds the kernel for this device, which then may use `shared` bytes of shared memory. Asked once
-/// for a kernel, whose answers by device are `known`: 0: not asked, 1: ready, -1: built without sm_90a.
+/// for a kernel, whose answers by device are `known`: 1: ready, -1: built without sm_90a.
 inline bool prepare_hopper(const void* kernel, int shared, std::atomic<int> (&known)[64]) {
-  int device = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    cudaFuncAttributes attributes{};
-    PYRA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
-    answer = attributes.maxThreadsPerBlock >= kGroup ? 1 : -1;
-    if (answer > 0) {
-      PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-      PYRA_CUDA(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-    }
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer > 0;
+  return asked_once(known, [&](int) {
+           cudaFuncAttributes attributes{};
+           PYRA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+           if (attributes.maxThreadsPerBlock < kGroup) return -1;
+           PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+           PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                          cudaSharedmemCarveoutMaxShared));
+           return 1;
+         }) > 0;
 }
 
 struct HopperDevice {
@@ -79,19 +72,13 @@ struct HopperDevice {
 
 /// The current device, asked once.
 inline HopperDevice hopper_device() {
-  static std::atomic<int> known[64];  // 0: not asked, -1: not usable, else its multiprocessors
-  int device = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  if (device >= 64) return {};
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    int major = 0, minor = 0, processors = 0;
+  static std::atomic<int> known[64];  // -1: not usable, else its multiprocessors
+  const int answer = asked_once(known, [](int device) {
+    int major = 0, minor = 0;
     PYRA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     PYRA_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    PYRA_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    answer = major == 9 && minor == 0 && encoder() != nullptr ? processors : -1;
-    known[device].store(answer, std::memory_order_relaxed);
-  }
+    return major == 9 && minor == 0 && encoder() != nullptr ? multiprocessors() : -1;
+  });
   return {answer > 0, std::max(answer, 0)};
 }
 

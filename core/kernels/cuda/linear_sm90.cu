@@ -42,15 +42,16 @@ struct SmallLinearJob {
   bool gelu;
 };
 
-/// Bytes of a block's shared memory: chunks of weights, chunks of x whose place the sums take, barriers.
+/// A block's shared memory, in bytes: chunks of weights, chunks of x whose place the sums take, barriers.
+constexpr int barriers_at(int rows, int chunks) {
+  const int x = chunks * rows * kChunkBytes, sums = round_up(rows * kPitch * 4, 1024);
+  return chunks * kWeightBytes + (x > sums ? x : sums);
+}
 constexpr int shared_bytes(int rows, int chunks) {
-  const int x = chunks * rows * kChunkBytes, sums = (rows * kPitch * 4 + 1023) / 1024 * 1024;
-  return chunks * kWeightBytes + (x > sums ? x : sums) + (kMostChunks + 1) * 8;
+  return barriers_at(rows, chunks) + (kMostChunks + 1) * 8;
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-constexpr int kMostSplits = kMostClustered;
 
 /// A warpgroup's part of a block's 64 features of `Rows` rows of x: half of the rows, or all, for the first alone.
 template <class T, int Rows>
@@ -112,25 +113,24 @@ class Reduction {
     end_ = min(count, (split + 1) * share);
     load_four<T>(job, job.bias, first_feature + quad() * 4, bias_);
   }
-  /// What the first of the thread's rows will be added to. After await_earlier().
+  /// What the thread's next row will be added to. After await_earlier().
   __device__ __forceinline__ void load_residual() {
     if (row_ < end_) load_four<T>(job_, job_.residual, at_ + int64_t(row_) * job_.out, residual_);
   }
   __device__ __forceinline__ void run(const float* sums) {
     const uint32_t own = shared_address(sums);
 #pragma unroll 2
-    for (; row_ < end_; row_ += kThreads / kQuads) {
-      float4 piece[kMostSplits];
+    for (; row_ < end_; row_ += kThreads / kQuads, load_residual()) {
+      float4 piece[kMostClustered];
 #pragma unroll
-      for (int s = 0; s < kMostSplits; ++s)
+      for (int s = 0; s < kMostClustered; ++s)
         if (s < job_.splits) piece[s] = sums_of(own + (row_ * kPitch + quad() * 4) * 4, s, job_.splits);
       float value[4] = {};
 #pragma unroll
-      for (int s = 0; s < kMostSplits; ++s)
+      for (int s = 0; s < kMostClustered; ++s)
         if (s < job_.splits)
           value[0] += piece[s].x, value[1] += piece[s].y, value[2] += piece[s].z, value[3] += piece[s].w;
       finish(value);
-      load_four_more();
     }
   }
 
@@ -138,10 +138,6 @@ class Reduction {
   static constexpr int kQuads = kFeatures / 4;
   __device__ __forceinline__ static int quad() {
     return int(threadIdx.x) % kQuads;
-  }
-  __device__ __forceinline__ void load_four_more() {
-    const int next = row_ + kThreads / kQuads;
-    if (next < end_) load_four<T>(job_, job_.residual, at_ + int64_t(next) * job_.out, residual_);
   }
   __device__ __forceinline__ void finish(float (&value)[4]) const {
 #pragma unroll
@@ -171,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) small_linear(const __grid_constant__
   extern __shared__ __align__(1024) unsigned char shared[];
   unsigned char *weight = shared, *x = shared + job.chunks * kWeightBytes;
   auto* sums = reinterpret_cast<float*>(x);
-  auto* barriers = reinterpret_cast<uint64_t*>(shared + shared_bytes(Rows, job.chunks) - (kMostChunks + 1) * 8);
+  auto* barriers = reinterpret_cast<uint64_t*>(shared + barriers_at(Rows, job.chunks));
   uint64_t *weight_there = barriers + kMostChunks, *x_there = barriers;
   const int split = int(blockIdx.x) % job.splits, first_feature = int(blockIdx.x) / job.splits * kFeatures;
   const int first_chunk = split * job.chunks, first_row = int(blockIdx.y) * Rows;

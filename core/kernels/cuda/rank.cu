@@ -274,10 +274,6 @@ void check(const RankCall& call) {
   if (reinterpret_cast<uintptr_t>(call.tokens) % 16 != 0) fail(ExitCode::usage, "rank: tokens must be 16-byte aligned");
 }
 
-int round_up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 /// Sets how many candidates are staged at a time: as many as threads, registers and shared memory allow, in passes of
 /// even size. False where not even one tile's fit.
 bool fit(Shape& shape, int tile_columns, Layout& at) {
