@@ -76,7 +76,7 @@ TEST_CASE("linear layers on the device equal the reference, few rows or many", "
   const bool onto_stream = GENERATE(false, true), gelu = GENERATE(false, true);
   const auto [in, out] = GENERATE(table<int64_t, int64_t>(
       {{768, 2304}, {768, 768}, {3072, 768}, {192, 576}, {384, 1536}, {1024, 1024}, {4096, 1024}, {96, 160}}));
-  const int64_t rows = GENERATE(1, 9, 51, 123, 160, 161);
+  const int64_t rows = GENERATE(1, 9, 51, 123, 160, 161, 240, 394, 401);
   CAPTURE(int(compute), onto_stream, gelu, in, out, rows);
   const Layer layer(rows, in, out, compute, onto_stream ? DType::fp32 : compute, gelu);
   const auto by_runner = [&](const LinearCall& call) { runner.run(call, nullptr); };

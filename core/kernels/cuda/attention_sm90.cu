@@ -84,7 +84,7 @@ struct HopperRows {
   static constexpr int kWidth = Keys > 128 ? Keys / 2 : Keys;  ///< of one wgmma
   static constexpr int kParts = Keys / kWidth, kTiles = Keys / 8, kTilesOfPart = kWidth / 8;
   static constexpr int kSurely =  ///< keys that exist in every call, as for fewer there is a smaller shape
-      Keys == 32    ? 16
+      Keys == 32    ? 0
       : Keys <= 96  ? Keys - 16
       : Keys <= 160 ? Keys - 32
                     : Keys - 48;
@@ -214,6 +214,8 @@ __global__ void __launch_bounds__(kGroup, Blocks) attend_hopper(const __grid_con
     copy_box(queries, &job.some_queries, head * kHeadDim, row, image, queries_there);
   };
   if (threadIdx.x == 0) {
+    fetch_map(&job.all_keys);
+    fetch_map(&job.some_queries);
     start_barrier(keys_there);
     start_barrier(values_there);
     start_barrier(queries_there);
@@ -314,8 +316,7 @@ bool launch_least(const AttentionCall& call, int processors, cudaStream_t stream
 }  // namespace
 
 bool attention_sm90(const AttentionCall& call, cudaStream_t stream) {
-  constexpr int kLeast = 17;
-  if (call.dtype == DType::fp32 || call.head_dim != kHeadDim || call.tokens < kLeast) return false;
+  if (call.dtype == DType::fp32 || call.head_dim != kHeadDim) return false;
   const HopperDevice device = hopper_device();
   if (!device.usable || shared_memory_limit() < 200 << 10) return false;
   if (call.dtype == DType::bf16)

@@ -11,9 +11,9 @@ struct SmallLinearCut {
   int splits = 0;  ///< blocks (a cluster) that share the sums
 };
 
-/// Hopper's way (compute capability 9.0 exactly) for up to 160 rows: the cut that suits the shape, or rows = 0 where it
-/// does not take it: other types than 2-byte operands, transposed or strided ones, a kept activation, sizes that are
-/// not multiples of 64, more rows.
+/// Hopper's way (compute capability 9.0 exactly) for few rows, 160 or, where weights are few, up to 400: the cut that
+/// suits the shape, or rows = 0 where it does not take it: other types than 2-byte operands, transposed or strided
+/// ones, a kept activation, sizes that are not multiples of 64, more rows.
 [[nodiscard]] SmallLinearCut small_linear_cut(const LinearCall& call);
 
 /// y as LinearCall says, by small_linear_cut()'s cut or another that fits; Error(internal) for one that does not.

@@ -14,8 +14,12 @@
 //   768 to 2304: 2.6 (4.0), 3.2 (4.7), 3.6 (4.3), 4.0 (4.6), 4.8 (5.0);  768 to 768: 2.3 (3.5), 2.8 (3.9), 3.1 (3.6),
 //   3.3 (3.6), 4.0 (3.7);  768 to 3072: 2.7 (5.3), 3.5 (5.7), 4.2 (5.3), 4.9 (5.3), 6.0 (6.2);  3072 to 768: 3.4 (6.9),
 //   3.9 (7.2), 4.4 (7.1), 5.3 (7.2), 6.2 (7.3).
-// Tried: one warpgroup a block instead of two (157 rows: 5.3, 4.7, 6.7, 6.7); 197 rows and more (two warpgroups were
-// not tried there; one took 5.7, 4.7, 8.4, 8.7 where cuBLASLt takes 4.9, 4.4, 6.5, 8.3): x is read too often.
+// With more rows x is read too often and cuBLASLt wins alone (197: 5.7, 4.7, 8.4, 8.7 by one warpgroup a block, 4.9,
+// 4.4, 6.5, 8.3 by cuBLASLt). In a pass, where this kernel starts before the one in front has ended and cuBLASLt's do
+// not, 768 to 768 gains up to 400 rows (dense, one image of 197 tokens: 0.441 ms instead of 0.463; two: 0.484 instead
+// of 0.498), 768 to 2304 up to 240 (PYRA low, one image: 1 %); all four up to 240 lose 5 % of a dense pass of one
+// image. Tried: one warpgroup a block instead of two (157 rows: 5.3, 4.7, 6.7, 6.7); tiles of 16, 48 and 80 rows only,
+// or of 32 and 80, so that fewer kernels are in the caches (a pass of one image loses 1 and 2 %).
 #include "base/error.h"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/hopper.cuh"
@@ -180,6 +184,7 @@ __global__ void __launch_bounds__(kThreads) small_linear(const __grid_constant__
     for (int chunk = 0; chunk < job.chunks; ++chunk)
       copy_box(weight + chunk * kWeightBytes, &job.weight, (first_chunk + chunk) * kBoxChannels, first_feature, 0,
                weight_there);
+    fetch_map(&job.x);
   }
   Reduction<T, Rows> reduction(job, split, first_row, first_feature);
   admit_next();
@@ -262,9 +267,10 @@ bool with_tile(int rows, const F& f) {
 }  // namespace
 
 SmallLinearCut small_linear_cut(const LinearCall& call) {
-  // Beyond these rows cuBLASLt's larger tiles read x less often and win; of 768 to 768 already from some 130 on, by a
-  // few tenths of a microsecond, which launches that overlap give back.
-  constexpr int kMostRows = 160, kRowsOfTile = 64, kBlocksWanted = 36;
+  // Beyond these rows cuBLASLt's larger tiles read x less often and win; the fewer weights, the later.
+  constexpr int kRowsOfTile = 64, kRowsOfTiles = 80, kBlocksWanted = 36;
+  const int64_t weights = int64_t(call.in) * call.out;
+  const int most = weights <= 768 * 768 ? 400 : weights <= 768 * 2304 ? 240 : 160;
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   const bool plain = call.compute != DType::fp32 && (call.result == DType::fp32 || call.result == call.compute) &&
                      (call.epilogue == Epilogue::none || call.epilogue == Epilogue::gelu_tanh) && !call.transposed &&
@@ -272,8 +278,9 @@ SmallLinearCut small_linear_cut(const LinearCall& call) {
                      !call.weight_stride && !call.y_stride;
   const bool whole = call.in % kBoxChannels == 0 && call.out % kFeatures == 0 && aligned(call.x) &&
                      aligned(call.weight) && aligned(call.bias) && aligned(call.residual) && aligned(call.y);
-  if (!plain || !whole || call.rows > kMostRows || !hopper_device().usable) return {};
-  const int tiles = call.rows <= kRowsOfTile ? 1 : 2, chunks = call.in / kBoxChannels;
+  if (!plain || !whole || call.rows > most || !hopper_device().usable) return {};
+  const int tiles = call.rows <= kRowsOfTile ? 1 : std::max(2, (call.rows + kRowsOfTiles - 1) / kRowsOfTiles),
+            chunks = call.in / kBoxChannels;
   SmallLinearCut best;
   int rows = 0;
   with_tile((call.rows + tiles - 1) / tiles, [&](auto tile) { rows = tile; });

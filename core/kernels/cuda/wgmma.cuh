@@ -51,6 +51,11 @@ __device__ __forceinline__ void store_block(unsigned char* rows, int block, cons
                : "memory");
 }
 
+/// Has the copy engine read a tensor's map, a kernel's parameter, before it is needed.
+[[maybe_unused]] __device__ __forceinline__ void fetch_map(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 /// The box of a tensor [image, row, channel] at these coordinates to shared memory; zeros where the tensor has ended.
 __device__ __forceinline__ void copy_box(void* to, const void* map, int channel, int row, int image,
                                          uint64_t* barrier) {
