@@ -5,15 +5,15 @@
 // split: a cosine is one chain of FMAs over d in whichever thread, and partners are combined by an integer maximum.
 //   1. 16-byte loads of the keys, all heads of 8 channels (16-bit types) in one thread -> mean, fp32, shared memory
 //   2. inverse norms, half a warp a token; side B is scaled to unit length, in the shared memory of all blocks
-//   3. scores: a thread a tile of 8x8 (4x4 where tiles are few), columns and rows interleaved among the tiles
+//   3. scores: a thread a tile of 8x8 (down to 2x2 where tiles are few), columns and rows interleaved among the tiles
 //   4. a token's rank is the number of smaller sort keys, counted by two threads where tokens are few; where staying
 //      tokens go follows from ballots
 // Bytes moved: the keys once, [B,N,C] of `dtype`; the plan, 4 (N + r) bytes an image. At 197 tokens of 12 heads of 64
 // the keys are 302 KB an image and the product 0.6 M FMA; two blocks share an SM, so one may load while one computes.
-// One image of 197 tokens by 8 blocks (H200, clock64 of the first): 15 k cycles; start and lists 1.4, keys 2.1, norms
-// and their way to all blocks 3.5, scores and partners 4.5, order to the first block 0.8, ranks and plan 2.8. It took
-// 22.8 k while every block normalised all of side B (6.7).
-// Sides that do not fit shared memory are taken in chunks; then side B is read again for each chunk of side A.
+// One image in a pass (H200, globaltimer of the first block), of 197 tokens by 8 blocks and of 27 by one: 8.1 us
+// and 6.0; keys 2.1 and 1.6, norms and their way to all blocks 1.8 and 1.2, scores, partners and order 2.8 and 1.7,
+// ranks and plan 1.4 and 1.6. It took half as long again while every block normalised all of side B. Sides that do not
+// fit shared memory are taken in chunks; then side B is read again for each chunk of side A.
 #include "kernels/cuda/match.h"
 
 #include <algorithm>
@@ -57,7 +57,8 @@ Layout lay_out(const Shape& shape, int tile, int most_a, int most_b) {
   Layout at{};
   at.a = shared.take<float>(shape.rows * pitch_of(shape.keys.dim));
   at.b = shared.take<float>(shape.columns * pitch_of(shape.keys.dim));
-  at.partial = shared.take<uint64_t>(std::max(tile * shape.slots, kThreads / 2));  // and ranks, one a thread
+  // And ranks, 4 bytes each, up to two a token of side A.
+  at.partial = shared.take<uint64_t>(std::max({tile * shape.slots, kThreads / 2, round_up(most_a, kWarp) / 2}));
   at.best = shared.take<uint64_t>(shape.rows);
   at.order = shared.take<uint64_t>(most_a);
   at.scale = shared.take<float>(shape.rows);
@@ -169,62 +170,78 @@ __device__ void load_metric(const T* qkv, const Keys& keys, int64_t first_token,
 /// `count_b` rows of `b` to unit length, in every block of the cluster, and inverse norms of `count_a` rows of `a` into
 /// `scale`. Half a warp a row, lane l sums the squares of d = l, l + 16, …, what is beyond the last 16 comes after
 /// them: kernels/wide.h's order.
-__device__ void normalise(const Keys& keys, const float* a, int count_a, float* scale, float* b, int count_b,
+__device__ void normalise(const Keys& keys, float* a, int count_a, float* scale, float* b, int count_b, int rank,
                           int cluster) {
   const int lane = int(threadIdx.x) % kHalfWarp, pitch = pitch_of(keys.dim), whole = keys.dim / kHalfWarp * kHalfWarp;
   const unsigned half = 0xffffu << (threadIdx.x & kHalfWarp);
-  for (int place = int(threadIdx.x) / kHalfWarp; place < count_a + count_b; place += kThreads / kHalfWarp) {
-    const bool is_b = place < count_b;
-    const float* row = is_b ? b + place * pitch : a + (place - count_b) * pitch;
-    float square = 0;
-    for (int d = lane; d < whole; d += kHalfWarp) square = fmaf(row[d], row[d], square);
+  const int count = count_a + count_b;
+  constexpr int kAtOnce = 2;  // rows whose sums a half warp has in flight
+  for (int first = int(threadIdx.x) / kHalfWarp; first < count; first += kAtOnce * kThreads / kHalfWarp) {
+    float* row[kAtOnce];
+    float square[kAtOnce] = {};
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int next = first + u * kThreads / kHalfWarp, place = next < count ? next : first;
+      row[u] = place < count_b ? b + place * pitch : a + (place - count_b) * pitch;
+    }
+    for (int d = lane; d < whole; d += kHalfWarp)
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) square[u] = fmaf(row[u][d], row[u][d], square[u]);
 #pragma unroll
     for (int offset = kHalfWarp / 2; offset > 0; offset /= 2)
-      square += __shfl_xor_sync(half, square, offset, kHalfWarp);
-    for (int d = whole; d < keys.dim; ++d) square = fmaf(row[d], row[d], square);
-    const float inverse = inverse_norm(square);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) square[u] += __shfl_xor_sync(half, square[u], offset, kHalfWarp);
+    for (int d = whole; d < keys.dim; ++d)
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) square[u] = fmaf(row[u][d], row[u][d], square[u]);
     __syncwarp(half);  // all have read the tail before any writes
-    if (is_b) {
-      float* own = b + place * pitch;
-      for (int d = lane; d < keys.dim; d += kHalfWarp) {
-        const float unit = own[d] * inverse;
-        for (int to = 0; to < cluster; ++to) of_block(own, to, cluster)[d] = unit;
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int place = first + u * kThreads / kHalfWarp;
+      if (place >= count) break;
+      const float inverse = inverse_norm(square[u]);
+      if (place >= count_b) {
+        if (lane == 0) scale[place - count_b] = inverse;
+        continue;
       }
-    } else if (lane == 0) {
-      scale[place - count_b] = inverse;
+      for (int d = 4 * lane; d < keys.dim; d += 4 * kHalfWarp) {
+        float4 unit = *reinterpret_cast<float4*>(row[u] + d);
+        unit.x *= inverse, unit.y *= inverse, unit.z *= inverse, unit.w *= inverse;
+        *reinterpret_cast<float4*>(row[u] + d) = unit;
+        for (int next = 1; next < cluster; ++next)  // a power of two
+          *reinterpret_cast<float4*>(of_block(row[u], (rank + next) & (cluster - 1), cluster) + d) = unit;
+      }
     }
   }
 }
 
 /// Improves best[row] by the columns in `b`, whose first is column `first_column` of side B.
-template <int kTile>
+template <int kRows, int kColumns>
 __device__ void search(const Shape& shape, const float* a, int count_a, const float* b, int count_b, int first_column,
                        uint64_t* partial, uint64_t* best) {
   const int pitch = pitch_of(shape.keys.dim);
-  const Tiling tiles = tiling<kTile, kTile>(count_a, count_b);
+  const Tiling tiles = tiling<kRows, kColumns>(count_a, count_b);
   for (int first = 0; first < tiles.count(); first += shape.slots) {
     const int slot = int(threadIdx.x), last = min(first + shape.slots, tiles.count());
     if (first + slot < last) {
       const int row = (first + slot) / tiles.across, column = (first + slot) - row * tiles.across;
-      float sum[kTile][kTile] = {};
+      float sum[kRows][kColumns] = {};
       multiply(a + row * pitch, tiles.down * pitch, b + column * pitch, tiles.across * pitch, shape.keys.dim, sum);
       store_best(
           sum, column, tiles.across, count_b, first_column, [](int) { return 1.0f; }, partial, shape.slots, slot);
     }
     __syncthreads();
-    if (count_a * kHalfWarp <= kThreads) {  // a cluster's share of rows: half a warp for each
-      const int lane = int(threadIdx.x) % kHalfWarp, row = int(threadIdx.x) / kHalfWarp;
+    // A cluster's share of rows: half a warp for each.
+    const int lanes = count_a * kHalfWarp <= kThreads ? kHalfWarp : 1, lane = int(threadIdx.x) % lanes;
+    for (int next = 0; next < count_a; next += kThreads / lanes) {
+      const int row = next + int(threadIdx.x) / lanes;
       uint64_t better = kNoPartner;
       if (row < count_a)
         better = better_partner(lane == 0 ? best[row] : kNoPartner, partial, shape.slots, tiles, row, first, last, lane,
-                                kHalfWarp);
-#pragma unroll
-      for (int offset = kHalfWarp / 2; offset > 0; offset /= 2)
-        better = max(better, __shfl_xor_sync(kAllLanes, better, offset, kHalfWarp));
+                                lanes);
+      for (int offset = lanes / 2; offset > 0; offset /= 2)
+        better = max(better, __shfl_xor_sync(kAllLanes, better, offset));
       if (lane == 0 && row < count_a) best[row] = better;
-    } else {
-      for (int row = int(threadIdx.x); row < count_a; row += kThreads)
-        best[row] = better_partner(best[row], partial, shape.slots, tiles, row, first, last);
     }
     __syncthreads();
   }
@@ -236,22 +253,17 @@ __device__ void write_plan(const Shape& shape, Counts counts, const uint64_t* or
                            int32_t* keep, int32_t* src, int32_t* dst) {
   const int first_b = shape.protected_tokens + counts.a - shape.r, kept = shape.keys.tokens - shape.r;
   const int whole_warps = (counts.a + kWarp - 1) / kWarp * kWarp;
-  const bool shared_out = shape.r > 0 && counts.a > 0 && 2 * whole_warps <= kThreads;  // two threads a row
-  if (shared_out) {
-    const int row = min(int(threadIdx.x) % whole_warps, counts.a - 1), part = int(threadIdx.x) / whole_warps;
-    const int middle = counts.a / 2;
-    if (part < 2)
-      ranks[threadIdx.x] = uint32_t(part == 0 ? count_smaller(order, middle, order[row])
-                                              : count_smaller(order + middle, counts.a - middle, order[row]));
-    __syncthreads();
+  // Where tokens are few, two threads count for each.
+  const int parts = 2 * whole_warps <= kThreads ? 2 : 1, share = (counts.a + parts - 1) / parts;
+  for (int item = int(threadIdx.x); shape.r > 0 && item < parts * whole_warps; item += kThreads) {
+    const bool second = item >= whole_warps;
+    const int row = min(second ? item - whole_warps : item, counts.a - 1), begin = second ? share : 0;
+    ranks[item] = uint32_t(count_smaller(order + begin, second ? counts.a - share : share, order[row]));
   }
+  __syncthreads();
   for (int row = int(threadIdx.x); row < whole_warps; row += kThreads) {
     int rank = shape.r;
-    if (shared_out) {
-      if (row < counts.a) rank = int(ranks[row] + ranks[whole_warps + row]);
-    } else if (shape.r > 0 && row < counts.a) {
-      rank = count_smaller(order, counts.a, order[row]);
-    }
+    if (shape.r > 0 && row < counts.a) rank = int(ranks[row] + (parts > 1 ? ranks[whole_warps + row] : 0));
     const bool goes = rank < shape.r;
     const unsigned all = __ballot_sync(kAllLanes, goes);
     if (row % kWarp == 0) leaves[row / kWarp] = all;
@@ -276,7 +288,7 @@ __device__ void write_plan(const Shape& shape, Counts counts, const uint64_t* or
   }
 }
 
-template <class T, int kTile>
+template <class T, int kRows, int kColumns>
 __global__ void __launch_bounds__(kThreads, 2)
     match_kernel(const T* qkv, Shape shape, Layout at, const uint8_t* in_side_a, int32_t* keep, int32_t* src,
                  int32_t* dst) {
@@ -312,9 +324,9 @@ __global__ void __launch_bounds__(kThreads, 2)
                     own_b, floats(at.a), b);
         __syncthreads();
         await_arrivals(cluster);  // every block has started, and none reads the last chunk any more
-        normalise(shape.keys, floats(at.a), fresh_a, scale, b, own_b, cluster);
+        normalise(shape.keys, floats(at.a), fresh_a, scale, b, own_b, rank, cluster);
         barrier(cluster);
-        search<kTile>(shape, floats(at.a), count_a, floats(at.b), count_b, first_b, longs(at.partial), best);
+        search<kRows, kColumns>(shape, floats(at.a), count_a, floats(at.b), count_b, first_b, longs(at.partial), best);
       }
       for (int row = int(threadIdx.x); row < count_a; row += kThreads) {
         float score = score_of(best[row]);
@@ -356,13 +368,13 @@ Keys checked_keys(const char* what, const void* qkv, int batch, int tokens, int 
 }
 
 /// The largest chunks of both sides that fit: all of both at the usual shapes.
-Layout fit(Shape& shape, int tile, int most_a, int most_b) {
+Layout fit(Shape& shape, int tile_rows, int tile_columns, int most_a, int most_b) {
   shape.rows = std::max(8, round_up((most_a + shape.cluster - 1) / shape.cluster, 8));
   shape.columns = std::max(8, round_up(most_b, 8));
   const size_t limit = shared_memory_limit();
   for (;;) {
-    shape.slots = std::min(kThreads, (shape.rows / tile) * (shape.columns / tile));
-    const Layout at = lay_out(shape, tile, most_a, most_b);
+    shape.slots = std::min(kThreads, (shape.rows / tile_rows) * (shape.columns / tile_columns));
+    const Layout at = lay_out(shape, tile_rows, most_a, most_b);
     // 64: what list_sides holds in static shared memory counts towards the limit.
     if (size_t(at.bytes) + 64 <= limit) return at;
     if (shape.rows == 8 && shape.columns == 8) {
@@ -390,12 +402,12 @@ Counts checked_sides(const MatchCall& call) {
   return most;
 }
 
-template <class T, int kTile>
+template <class T, int kRows, int kColumns>
 void launch(const MatchCall& call, Shape shape, Counts most, cudaStream_t stream) {
-  const Layout at = fit(shape, kTile, most.a, most.b);
-  launch_search<&match_kernel<T, kTile>>(dim3(unsigned(call.batch * shape.cluster)), shape.cluster, size_t(at.bytes),
-                                         stream, static_cast<const T*>(call.qkv), shape, at, call.in_side_a, call.keep,
-                                         call.src, call.dst);
+  const Layout at = fit(shape, kRows, kColumns, most.a, most.b);
+  launch_search<&match_kernel<T, kRows, kColumns>>(dim3(unsigned(call.batch * shape.cluster)), shape.cluster,
+                                                   size_t(at.bytes), stream, static_cast<const T*>(call.qkv), shape, at,
+                                                   call.in_side_a, call.keep, call.src, call.dst);
 }
 
 }  // namespace
@@ -410,15 +422,17 @@ void match_bipartite(const MatchCall& call, cudaStream_t stream) {
   if (call.batch == 0) return;
   with_type(call.dtype, [&](auto type) {
     using T = decltype(type);
-    const Device device = device_for<&match_kernel<T, 4>>();
+    const Device device = device_for<&match_kernel<T, 4, 4>>();
     shape.cluster = call.r == 0 ? 1 : cluster_size(device, call.batch, call.tokens, kTokensOfBlock);
-    // A tile of 8x8 halves the reads of shared memory; with few of them, four times as many threads are worth more.
-    const int tiles = (round_up(most.a, 8 * shape.cluster) / (8 * shape.cluster)) * (round_up(most.b, 8) / 8);
-    if (tiles >= kBusyTiles) {
-      launch<T, 8>(call, shape, most, stream);
-    } else {
-      launch<T, 4>(call, shape, most, stream);
-    }
+    const int rows = (most.a + shape.cluster - 1) / shape.cluster;
+    const auto tiles = [&](int tile_rows, int tile_columns) {
+      return ((rows + tile_rows - 1) / tile_rows) * ((most.b + tile_columns - 1) / tile_columns);
+    };
+    // The larger a tile, the fewer reads of shared memory; but with few tiles more threads are worth more.
+    if (tiles(8, 8) >= kBusyTiles) return launch<T, 8, 8>(call, shape, most, stream);
+    if (tiles(2, 2) <= kThreads) return launch<T, 2, 2>(call, shape, most, stream);
+    if (tiles(2, 4) <= kThreads) return launch<T, 2, 4>(call, shape, most, stream);
+    launch<T, 4, 4>(call, shape, most, stream);
   });
 }
 
