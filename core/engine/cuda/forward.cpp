@@ -8,6 +8,7 @@
 #include "kernels/cuda/layer_norm.h"
 #include "kernels/cuda/match.h"
 #include "kernels/cuda/merge.h"
+#include "kernels/cuda/norm_linear.h"
 #include "kernels/cuda/rank.h"
 
 namespace pyra::engine {
@@ -330,6 +331,23 @@ void Forward::block(State& state, const DeviceBlock& block, int index) {
   mlp(state, block);
 }
 
+/// Logits of normalised rows, added to those of another head if `add`.
+void Forward::classify(const cuda::LayerNormCall& features, const DeviceLinear& head, void* logits, bool add) {
+  const cuda::LinearCall call{.x = features.y,
+                              .weight = head.weight,
+                              .bias = head.bias,
+                              .residual = add ? logits : nullptr,
+                              .y = logits,
+                              .rows = features.rows,
+                              .in = head.in,
+                              .out = head.out,
+                              .compute = DType::fp32,
+                              .result = DType::fp32};
+  if (cuda::norm_linear(features, call, main_)) return;
+  cuda::layer_norm(features, main_);
+  runner_.run(call, main_);
+}
+
 void Forward::head(State& state) {
   const nn::VitConfig& config = model_.config;
   const int channels = int(config.embed_dim);
@@ -353,13 +371,7 @@ void Forward::head(State& state) {
       call.row_stride = channels;
       call.residual = DType::fp32;
     }
-    cuda::layer_norm(call, main_);
-    linear(model_.heads[i], {.x = memory.features.get(),
-                             .residual = i == 0 ? nullptr : memory.logits.get(),
-                             .y = memory.logits.get(),
-                             .rows = state.batch,
-                             .compute = DType::fp32,
-                             .result = DType::fp32});
+    classify(call, model_.heads[i], memory.logits.get(), i > 0);
     mark("head", double(channels) * double(config.num_classes) * 4,
          2.0 * state.batch * channels * double(config.num_classes));
   }

@@ -7,6 +7,7 @@
 #include "engine/cuda/device_model.h"
 #include "engine/cuda/host_planner.h"
 #include "engine/cuda/stage_timer.h"
+#include "kernels/cuda/layer_norm.h"
 #include "kernels/cuda/linear.h"
 
 namespace pyra::engine {
@@ -64,6 +65,7 @@ class Forward {
   void merge(State& state, const DeviceBlock& block, int index);
   void mlp(State& state, const DeviceBlock& block);
   void head(State& state);
+  void classify(const kernels::cuda::LayerNormCall& features, const DeviceLinear& head, void* logits, bool add);
   void linear(const DeviceLinear& layer, kernels::cuda::LinearCall call, bool gelu = false);
   void block_linear(const char* name, const DeviceLinear& layer, const void* x, int rows, void* y,
                     bool onto_stream = false, bool gelu = false);
