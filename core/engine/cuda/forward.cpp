@@ -218,6 +218,7 @@ void Forward::plan(State& state, const DeviceBlock& block) {
   const nn::VitConfig& config = model_.config;
   const DeviceMerge& merge = *block.merge;
   const Activations& memory = state.memory;
+  const int channels = int(config.embed_dim);
   if (merge.kind == DeviceMerge::Kind::bipartite) {
     const cudaStream_t stream = timer_ ? main_ : side_;
     PYRA_CUDA(cudaEventRecord(fork_, main_));
@@ -233,7 +234,11 @@ void Forward::plan(State& state, const DeviceBlock& block) {
                            .in_side_a = merge.in_side_a,
                            .keep = memory.keep.get<int32_t>(),
                            .src = memory.src.get<int32_t>(),
-                           .dst = memory.dst.get<int32_t>()},
+                           .dst = memory.dst.get<int32_t>(),
+                           .ahead = {{merge.gate_a, merge.merged},
+                                     {merge.gate_b, channels},
+                                     {merge.gate_weight, channels},
+                                     {merge.gate_bias, channels}}},
                           stream);
     PYRA_CUDA(cudaEventRecord(join_, stream));
     mark("match", double(state.rows()) * double(config.embed_dim) * double(cuda::size_of(model_.types.compute)));
@@ -244,7 +249,7 @@ void Forward::plan(State& state, const DeviceBlock& block) {
                      .batch = state.batch,
                      .token_count = state.tokens,
                      .heads = int(config.num_heads),
-                     .channels = int(config.embed_dim),
+                     .channels = channels,
                      .dtype = model_.types.residual,
                      .prune = merge.prune,
                      .merge = merge.kept,

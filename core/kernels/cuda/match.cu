@@ -20,6 +20,7 @@
 
 #include "base/error.h"
 #include "kernels/cuda/cosine.cuh"
+#include "kernels/cuda/row.cuh"
 
 namespace pyra::kernels::cuda {
 namespace {
@@ -33,6 +34,10 @@ constexpr int kHalfWarp = 16;
 struct Keys {
   int tokens, heads, dim;
   float head_share;  // 1 / heads
+};
+
+struct Ahead {
+  MatchCall::Ahead parameters[4];
 };
 
 struct Shape {
@@ -291,7 +296,7 @@ __device__ void write_plan(const Shape& shape, Counts counts, const uint64_t* or
 template <class T, int kRows, int kColumns>
 __global__ void __launch_bounds__(kThreads, 2)
     match_kernel(const T* qkv, Shape shape, Layout at, const uint8_t* in_side_a, int32_t* keep, int32_t* src,
-                 int32_t* dst) {
+                 int32_t* dst, const Ahead ahead) {
   extern __shared__ __align__(16) unsigned char shared[];
   const auto floats = [&](int offset) { return reinterpret_cast<float*>(shared + offset); };
   const auto longs = [&](int offset) { return reinterpret_cast<uint64_t*>(shared + offset); };
@@ -301,6 +306,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t image = int(blockIdx.x) / shape.cluster;
   uint16_t *list_a = shorts(at.list_a), *list_b = shorts(at.list_b);
   const Counts counts = list_sides(shape, in_side_a, list_a, list_b);
+#pragma unroll
+  for (const auto& parameters : ahead.parameters)
+    if (parameters.data != nullptr) fetch_ahead(parameters.data, parameters.count);
   await_earlier();
 
   if (shape.r > 0 && counts.b > 0) {
@@ -405,9 +413,11 @@ Counts checked_sides(const MatchCall& call) {
 template <class T, int kRows, int kColumns>
 void launch(const MatchCall& call, Shape shape, Counts most, cudaStream_t stream) {
   const Layout at = fit(shape, kRows, kColumns, most.a, most.b);
+  Ahead ahead;
+  std::ranges::copy(call.ahead, ahead.parameters);
   launch_search<&match_kernel<T, kRows, kColumns>>(dim3(unsigned(call.batch * shape.cluster)), shape.cluster,
                                                    size_t(at.bytes), stream, static_cast<const T*>(call.qkv), shape, at,
-                                                   call.in_side_a, call.keep, call.src, call.dst);
+                                                   call.in_side_a, call.keep, call.src, call.dst, ahead);
 }
 
 }  // namespace

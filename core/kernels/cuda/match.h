@@ -14,6 +14,11 @@ struct MatchCall {
   int32_t* keep = nullptr;  ///< [B,N-r] protected tokens, the rest of side A that stays, the rest of side B; ascending
   int32_t* src = nullptr;   ///< [B,r] by descending score
   int32_t* dst = nullptr;   ///< [B,r] position in `keep`
+  /// Parameters that the merge behind will read, to be brought to L2 meanwhile; data null: none.
+  struct Ahead {
+    const float* data = nullptr;
+    int count = 0;
+  } ahead[4] = {};
 };
 
 /// Cosines in fp32 (fused multiply-add over d in order, a zero vector's cosine is 0, one that is not finite is chosen
