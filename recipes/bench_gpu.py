@@ -15,7 +15,7 @@ from timm_peers import LoraLinear, MergingVit
 OURS = [
     ("vit_base_patch16_224", "pyra", "high", "1,2,4,8,16,32,64,128,256,512"),
     ("vit_base_patch16_224", "pyra", "low", "1,2,4,8,16,32,64,128,256,512"),
-    ("vit_base_patch16_224", "tome", "high", "256"),
+    ("vit_base_patch16_224", "tome", "high", "1,256"),
     ("vit_base_patch16_224", "diffrate", "high", "256"),
     ("vit_large_patch16_224", "pyra", "high", "64,256"),
     ("vit_large_patch16_224", "pyra", "low", "64,256"),
