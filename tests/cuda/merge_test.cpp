@@ -223,7 +223,7 @@ TEST_CASE("an image's cuda merge does not depend on how many blocks share it", "
   const auto& shape = GENERATE(Sizes{300, 197, 157, 40, 768}, Sizes{300, 157, 123, 34, 768},
                                Sizes{300, 51, 37, 14, 768}, Sizes{300, 8, 5, 3, 768}, Sizes{300, 197, 181, 16, 768},
                                Sizes{300, 37, 36, 1, 768}, Sizes{300, 65, 40, 25, 1024}, Sizes{300, 90, 45, 45, 200},
-                               Sizes{9, 66, 33, 33, 1280}, Sizes{9, 420, 200, 220, 768});
+                               Sizes{9, 66, 33, 33, 1280}, Sizes{9, 420, 200, 220, 768}, Sizes{60, 140, 70, 70, 1280});
   const auto& types = GENERATE(Types{DType::fp32, DType::bf16}, Types{DType::bf16, DType::bf16});
   CAPTURE(int(types.residual), shape.tokens, shape.kept, shape.merged, shape.channels);
   const Case c = make(shape, kVariants[1], types.residual);

@@ -21,8 +21,10 @@ std::shared_ptr<kernels::cuda::GemmCache> gemm_cache(int device, bool determinis
   PYRA_CUDA(cudaGetDeviceProperties(&properties, device));
   int driver = 0;
   PYRA_CUDA(cudaDriverGetVersion(&driver));
-  return GemmCache::shared(GemmCache::default_file(),
-                           cat(properties.name, " driver ", driver, " cublasLt ", cublasLtGetVersion()));
+  // Raised when algorithms are chosen another way: what the old one chose is not taken over.
+  constexpr int kWayOfChoosing = 2;
+  return GemmCache::shared(GemmCache::default_file(), cat(properties.name, " driver ", driver, " cublasLt ",
+                                                          cublasLtGetVersion(), " chosen ", kWayOfChoosing));
 }
 
 void check_room(int images, const std::function<size_t(int)>& bytes_for, const char* option) {

@@ -38,6 +38,15 @@ struct ImageBytes {
   size_t stream, rows, wide, tokens, class_rows, features, logits;
 };
 
+/// `call` of this layer.
+cuda::LinearCall layer_call(const DeviceLinear& layer, cuda::LinearCall call) {
+  call.weight = layer.weight;
+  call.bias = layer.bias;
+  call.in = layer.in;
+  call.out = layer.out;
+  return call;
+}
+
 }  // namespace
 
 Activations::Activations(const DeviceModel& model, int images) : batch(images) {
@@ -123,10 +132,7 @@ void Forward::read_images(const DeviceImages& images, int batch, const Activatio
 
 void Forward::linear(const DeviceLinear& layer, cuda::LinearCall call, bool gelu) {
   const bool tanh = gelu && !exact_gelu_;
-  call.weight = layer.weight;
-  call.bias = layer.bias;
-  call.in = layer.in;
-  call.out = layer.out;
+  call = layer_call(layer, call);
   call.epilogue = tanh ? cuda::Epilogue::gelu_tanh : cuda::Epilogue::none;
   runner_.run(call, main_);
   if (gelu && !tanh) cuda::gelu_erf(call.y, call.result, int64_t(call.rows) * layer.out, main_);
@@ -338,16 +344,12 @@ void Forward::block(State& state, const DeviceBlock& block, int index) {
 
 /// Logits of normalised rows, added to those of another head if `add`.
 void Forward::classify(const cuda::LayerNormCall& features, const DeviceLinear& head, void* logits, bool add) {
-  const cuda::LinearCall call{.x = features.y,
-                              .weight = head.weight,
-                              .bias = head.bias,
-                              .residual = add ? logits : nullptr,
-                              .y = logits,
-                              .rows = features.rows,
-                              .in = head.in,
-                              .out = head.out,
-                              .compute = DType::fp32,
-                              .result = DType::fp32};
+  const cuda::LinearCall call = layer_call(head, {.x = features.y,
+                                                  .residual = add ? logits : nullptr,
+                                                  .y = logits,
+                                                  .rows = features.rows,
+                                                  .compute = DType::fp32,
+                                                  .result = DType::fp32});
   if (cuda::norm_linear(features, call, main_)) return;
   cuda::layer_norm(features, main_);
   runner_.run(call, main_);

@@ -50,23 +50,6 @@ void launch_norm(const LayerNormCall& call, cudaStream_t stream) {
   launch_dependent<&norm_kernel<In, Out, Row, kRows>>({dim3(unsigned(blocks)), kWarps * kWarp}, stream, call);
 }
 
-void check(const LayerNormCall& call) {
-  constexpr const char* kWho = "layer_norm";
-  check_channels(kWho, call.channels);
-  check_dtype(kWho, call.residual);
-  check_dtype(kWho, call.compute);
-  if (call.rows < 0) fail(ExitCode::usage, kWho, ": ", call.rows, " rows");
-  if (call.row_stride < 0 || (call.rows > 1 && call.row_stride < call.channels) ||
-      call.row_stride * int64_t(size_of(call.residual)) % 16 != 0)
-    fail(ExitCode::usage, kWho, ": rows of ", call.channels, " channels ", call.row_stride,
-         " elements apart; expected no overlap and a multiple of 16 bytes");
-  if (call.rows == 0) return;
-  check_pointer(kWho, "x", call.x);
-  check_pointer(kWho, "weight", call.weight);
-  check_pointer(kWho, "bias", call.bias);
-  check_pointer(kWho, "y", call.y);
-}
-
 constexpr int kTokenGroups = 8;
 
 template <class T>
@@ -99,8 +82,25 @@ __global__ void __launch_bounds__(kTokenGroups* kWarp)
 
 }  // namespace
 
+void check_layer_norm(const LayerNormCall& call) {
+  constexpr const char* kWho = "layer_norm";
+  check_channels(kWho, call.channels);
+  check_dtype(kWho, call.residual);
+  check_dtype(kWho, call.compute);
+  if (call.rows < 0) fail(ExitCode::usage, kWho, ": ", call.rows, " rows");
+  if (call.row_stride < 0 || (call.rows > 1 && call.row_stride < call.channels) ||
+      call.row_stride * int64_t(size_of(call.residual)) % 16 != 0)
+    fail(ExitCode::usage, kWho, ": rows of ", call.channels, " channels ", call.row_stride,
+         " elements apart; expected no overlap and a multiple of 16 bytes");
+  if (call.rows == 0) return;
+  check_pointer(kWho, "x", call.x);
+  check_pointer(kWho, "weight", call.weight);
+  check_pointer(kWho, "bias", call.bias);
+  check_pointer(kWho, "y", call.y);
+}
+
 void layer_norm(const LayerNormCall& call, cudaStream_t stream) {
-  check(call);
+  check_layer_norm(call);
   if (call.rows == 0) return;
   // Two rows a warp only where that still leaves every multiprocessor some 16 warps.
   const bool many = call.rows >= 32 * multiprocessors();

@@ -17,6 +17,8 @@ struct LayerNormCall {
 /// A warp a row, statistics in fp32 from registers (mean first, then squared deviations). channels: a multiple of 8 up
 /// to 4096.
 void layer_norm(const LayerNormCall& call, cudaStream_t stream);
+/// Throws Error(usage) for a call that layer_norm() would not take.
+void check_layer_norm(const LayerNormCall& call);
 
 /// out [B,C] fp32 = mean over the tokens from `first` on, unweighted: MAE's pooling.
 void mean_of_tokens(const void* x, DType residual, int batch, int tokens, int first, int channels, float* out,

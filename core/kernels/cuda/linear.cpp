@@ -205,22 +205,24 @@ void LinearRunner::choose(Plan& plan, const LinearCall& call, const std::string&
   (void)cublasLtMatmulPreferenceDestroy(preference);
   check_blas(status, "cublasLtMatmulAlgoGetHeuristic", &call);
 
-  std::optional<float> best;
-  std::optional<Trials> trials;
-  if (cache_) trials.emplace();
+  // All once before any is timed: cuBLASLt loads its kernels, which takes memory that the trials would take.
+  std::vector<cublasLtMatmulAlgo_t> able;
   for (const auto& candidate : std::span(found).first(size_t(count))) {
     if (candidate.state != CUBLAS_STATUS_SUCCESS || !reproducible(candidate.algo)) continue;
-    if (launch(plan, candidate.algo, call, stream) != CUBLAS_STATUS_SUCCESS) continue;  // also the warm-up
-    if (!cache_) {
-      plan.algorithm = candidate.algo;
-      best = 0;
-      break;
-    }
-    const float took = trials->median([&] { (void)launch(plan, candidate.algo, call, stream); }, call, stream);
-    if (!best || took < *best) best = took, plan.algorithm = candidate.algo;
+    if (launch(plan, candidate.algo, call, stream) != CUBLAS_STATUS_SUCCESS) continue;
+    able.push_back(candidate.algo);
+    if (!cache_) break;
   }
-  if (!best) check_blas(CUBLAS_STATUS_NOT_SUPPORTED, "choosing an algorithm", &call);
-  if (cache_) cache_->add(key, std::bit_cast<AlgorithmWords>(plan.algorithm));
+  if (able.empty()) check_blas(CUBLAS_STATUS_NOT_SUPPORTED, "choosing an algorithm", &call);
+  plan.algorithm = able[0];
+  if (!cache_) return;
+  const Trials trials;
+  std::optional<float> best;
+  for (const cublasLtMatmulAlgo_t& algorithm : able) {
+    const float took = trials.median([&] { (void)launch(plan, algorithm, call, stream); }, call, stream);
+    if (!best || took < *best) best = took, plan.algorithm = algorithm;
+  }
+  cache_->add(key, std::bit_cast<AlgorithmWords>(plan.algorithm));
 }
 
 LinearRunner::Plan& LinearRunner::plan_of(const LinearCall& call, cudaStream_t stream) {

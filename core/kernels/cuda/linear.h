@@ -1,8 +1,9 @@
 // Linear layers on the device: y = act(x Wᵀ + b), or residual + x Wᵀ + b; and their way back, x W. By cuBLASLt but for
 // few rows on Hopper (linear_paths.h).
 //
-// Of the algorithms that cuBLASLt proposes for a shape, each is timed once and the fastest kept, in a file too
-// (gemm_cache.h), so that later processes run the same one: a result is then bit-equal from run to run.
+// Of the algorithms that cuBLASLt proposes for a shape, each is timed as a pass meets it, with the weights in memory,
+// and the fastest kept, in a file too (gemm_cache.h), so that later processes run the same one: a result is then
+// bit-equal from run to run.
 #pragma once
 #include <cublasLt.h>
 
@@ -53,9 +54,9 @@ class LinearRunner {
   LinearRunner(const LinearRunner&) = delete;
   LinearRunner& operator=(const LinearRunner&) = delete;
 
-  /// Enqueues the layer. The first call with a shape chooses its algorithm: it synchronises, and overwrites y. Later
-  /// ones neither allocate nor synchronise and may be captured into a graph. Throws Error(device) for a shape that
-  /// cuBLASLt has no algorithm for.
+  /// Enqueues the layer. The first call with a shape chooses its algorithm: it synchronises, overwrites y and takes
+  /// twice the L2 cache's size of memory meanwhile, where there is as much. Later ones neither allocate nor synchronise
+  /// and may be captured into a graph. Throws Error(device) for a shape that cuBLASLt has no algorithm for.
   void run(const LinearCall& call, cudaStream_t stream);
 
  private:

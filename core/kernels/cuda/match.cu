@@ -10,10 +10,10 @@
 //      tokens go follows from ballots
 // Bytes moved: the keys once, [B,N,C] of `dtype`; the plan, 4 (N + r) bytes an image. At 197 tokens of 12 heads of 64
 // the keys are 302 KB an image and the product 0.6 M FMA; two blocks share an SM, so one may load while one computes.
-// One image in a pass (H200, globaltimer of the first block), of 197 tokens by 8 blocks and of 27 by one: 8.1 us
-// and 6.0; keys 2.1 and 1.6, norms and their way to all blocks 1.8 and 1.2, scores, partners and order 2.8 and 1.7,
-// ranks and plan 1.4 and 1.6. It took half as long again while every block normalised all of side B. Sides that do not
-// fit shared memory are taken in chunks; then side B is read again for each chunk of side A.
+// Sides that do not fit shared memory are taken in chunks; then side B is read again for each chunk of side A.
+// One image in a pass (H200, globaltimer of the first block), of 197 tokens by 8 blocks and of 27 by one: 8.1 us and
+// 5.8; keys 2.1 and 1.5, norms and their way to all blocks 1.8 and 1.2, scores, partners and order 2.8 and 1.7, ranks
+// and plan 1.4 and 1.4. It took half as long again while every block normalised all of side B.
 #include "kernels/cuda/match.h"
 
 #include <algorithm>

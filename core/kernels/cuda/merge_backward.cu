@@ -65,11 +65,6 @@ constexpr int kDropped = 1 << 30;
 constexpr int kMostChannels =
     48 * kWarp;  ///< ViT-H and ViT-g; the next shape alone would take as long to compile as all
 
-/// 2 sigmoid(x) - 1, as the forward pass has it.
-__device__ __forceinline__ float gate_of(float x) {
-  return tanhf(__fmul_rn(0.5f, x));
-}
-
 __device__ __forceinline__ float unit_of(const MergeBackwardCall& call, int image, int token) {
   return call.weighted && call.sizes ? call.sizes[int64_t(image) * call.tokens + token] : 1.0f;
 }

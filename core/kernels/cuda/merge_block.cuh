@@ -88,11 +88,6 @@ __device__ __forceinline__ int position(int quad, int lane) {
   return (quad * kWarp + lane) * 4;
 }
 
-/// 2 sigmoid(x) - 1, exactly 0 at 0: where b is 0 the gate is none, bit for bit.
-__device__ __forceinline__ float gate_of(float x) {
-  return tanhf(__fmul_rn(0.5f, x));
-}
-
 template <class S>
 __device__ __forceinline__ const typename S::Residual* row_of(const MergeCall& call, int image, int token) {
   return static_cast<const typename S::Residual*>(call.x) + (int64_t(image) * call.tokens + token) * S::channels(call);

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kMostRows = 8, kMostValues = 48;  // of a lane, beside as many weights
-constexpr int kMostShared = 48 << 10;
+static_assert(kMostRows * kMostValues * kWarp * 4 <= 48 << 10, "needs no permission for its shared memory");
 
 struct NormLinearJob {
   LayerNormCall norm;
@@ -79,9 +79,9 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_linear_kernel(const NormLi
 
 bool suits(const LayerNormCall& norm, const LinearCall& layer) {
   return norm.rows > 0 && norm.rows <= kMostRows && norm.channels <= kMostValues * kWarp &&
-         norm.rows * norm.channels * 4 <= kMostShared && norm.compute == DType::fp32 && layer.compute == DType::fp32 &&
-         layer.result == DType::fp32 && layer.epilogue == Epilogue::none && !layer.transposed && !layer.activation &&
-         !layer.x_stride && !layer.weight_stride && !layer.y_stride;
+         norm.compute == DType::fp32 && layer.compute == DType::fp32 && layer.result == DType::fp32 &&
+         layer.epilogue == Epilogue::none && !layer.transposed && !layer.activation && !layer.x_stride &&
+         !layer.weight_stride && !layer.y_stride;
 }
 
 }  // namespace
@@ -89,14 +89,10 @@ bool suits(const LayerNormCall& norm, const LinearCall& layer) {
 bool norm_linear(const LayerNormCall& norm, const LinearCall& layer, cudaStream_t stream) {
   constexpr const char* kWho = "norm_linear";
   if (!suits(norm, layer)) return false;
-  check_channels(kWho, norm.channels);
-  check_dtype(kWho, norm.residual);
+  check_layer_norm(norm);
   if (layer.rows != norm.rows || layer.in != norm.channels || layer.out < 1 || layer.x != norm.y)
     fail(ExitCode::internal, kWho, ": ", norm.rows, " rows of ", norm.channels, " channels for a layer of [",
          layer.rows, ",", layer.in, "] x [", layer.out, ",", layer.in, "]ᵀ");
-  check_pointer(kWho, "x", norm.x);
-  check_pointer(kWho, "norm's weight", norm.weight);
-  check_pointer(kWho, "norm's bias", norm.bias);
   check_pointer(kWho, "weight", layer.weight);
   check_pointer(kWho, "y", layer.y);
   const NormLinearJob job{norm,

@@ -6,8 +6,8 @@
 namespace pyra::kernels::cuda {
 
 /// layer.y = LayerNorm(norm.x) Wᵀ + b (+ residual), all in fp32; norm.y, which is layer.x, is not written. False, and
-/// nothing done, where that is not for this kernel: more than 8 rows, other types than fp32 behind the norm, an
-/// epilogue, rows apart, or channels that its memory is too small for. A row's result does not depend on the others.
+/// nothing done, where that is not for this kernel: more than 8 rows or 1536 channels, other types than fp32 behind the
+/// norm, an epilogue, a strided or transposed layer. A row's result does not depend on the others.
 [[nodiscard]] bool norm_linear(const LayerNormCall& norm, const LinearCall& layer, cudaStream_t stream);
 
 }  // namespace pyra::kernels::cuda

@@ -202,6 +202,11 @@ __device__ __forceinline__ void store_affine(const float (&rows)[kRows][kValues]
   }
 }
 
+/// 2 sigmoid(x) - 1, exactly 0 at 0: where b is 0 the gate is none, bit for bit.
+[[maybe_unused]] __device__ __forceinline__ float gate_of(float x) {
+  return tanhf(__fmul_rn(0.5f, x));
+}
+
 /// How a row lies in a warp: values of a lane, and whether they are all of the row. Where they are, the number of
 /// channels is a constant of the kernel, and the bounds and most of the addresses fold away.
 template <int kValues_, bool kExact>
