@@ -12,7 +12,9 @@
 // shared by clusters of them. One image of 197 tokens, 39 of them merged (H200, clock64 of the first block): 13.2 k
 // cycles, of which the plan takes 1.9, gates 7.7, rows 3.6; 14.6 k where no cluster shares the gates (10.0), 19.5 k by
 // the blocks for many images. For 16 pairs a cluster's barriers cost more than it saves (low, one image: 2 % of a
-// pass). Tried and lost: reading a round's or a source's rows ahead of their turn into registers, which spill, or halve
+// pass).
+//
+// Tried and lost: reading a round's or a source's rows ahead of their turn into registers, which spill, or halve
 // the warps whose loads are in flight; and by cp.async into two rows of shared memory a warp, with a warp's sums of
 // a[i] P[i] in registers instead of rounds (H200, ViT-B, 256 images, all merges of a pass: high 0.84 ms for 0.73,
 // low 1.15 for 1.03): the way through shared memory costs more than the wait that it hides, with 24 warps to switch
