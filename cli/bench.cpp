@@ -192,10 +192,13 @@ void add_what(CLI::App& command, tasks::BenchSettings& settings) {
   command.add_option("--schedule", settings.schedule, "low, high, N, N@INFLECTION, a,b,c,... or file.toml")
       ->type_name("S");
   command.add_option("--peft", settings.peft, "PEFT method of training rows")->type_name("NAME")->capture_default_str();
-  command.add_option("--mode", settings.modes, "infer, train, or both")
+  command
+      .add_option(
+          "--mode", settings.modes,
+          "infer (one batch after another), throughput (several in flight, as eval runs; on the CPU the same), train")
       ->delimiter(',')
       ->type_name("M,...")
-      ->check(CLI::IsMember({"infer", "train"}))
+      ->check(CLI::IsMember({"infer", "throughput", "train"}))
       ->capture_default_str();
   command.add_flag_callback(
       "--end-to-end", [&settings] { settings.modes = {"e2e"}; },

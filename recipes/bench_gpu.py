@@ -11,46 +11,55 @@ import timm
 import torch
 from timm_peers import LoraLinear, MergingVit
 
-# (architecture, merger, schedule, batches): each also gives its dense row.
-OURS = [
-    ("vit_base_patch16_224", "pyra", "high", "1,2,4,8,16,32,64,128,256,512"),
-    ("vit_base_patch16_224", "pyra", "low", "1,2,4,8,16,32,64,128,256,512"),
-    ("vit_base_patch16_224", "tome", "high", "1,256"),
-    ("vit_base_patch16_224", "diffrate", "high", "256"),
-    ("vit_large_patch16_224", "pyra", "high", "64,256"),
-    ("vit_large_patch16_224", "pyra", "low", "64,256"),
-    ("vit_small_patch16_224", "pyra", "high", "256"),
-    ("vit_small_patch16_224", "pyra", "low", "256"),
-    ("deit_base_distilled_patch16_224", "pyra", "high", "256"),
-    ("deit_base_distilled_patch16_224", "pyra", "low", "256"),
-]
-# (merger or None, schedule, batch, compiled): the peers, all ViT-B; what compiles longest comes last.
-PEERS = [
-    (None, None, 256, False),
-    ("pyra", "low", 256, False),
-    ("pyra", "high", 256, False),
-    ("tome", "high", 256, False),
-    (None, None, 1, False),
-    ("pyra", "high", 1, False),
-    (None, None, 256, True),
-    (None, None, 1, True),
-    ("pyra", "high", 256, True),
-    ("pyra", "low", 256, True),
-]
-# The same of training with LoRA of rank 8: AdamW, drop-path 0.1, LoRA dropout 0.1.
-OURS_TRAINING = [
-    ("vit_base_patch16_224", "pyra", "high", "32,128"),
-    ("vit_base_patch16_224", "pyra", "low", "32,128"),
-    ("vit_base_patch16_224", "tome", "high", "32,128"),
-]
-PEERS_TRAINING = [
-    (None, None, 32, False),
-    ("pyra", "high", 32, False),
-    (None, None, 128, False),
-    ("pyra", "high", 128, False),
-    (None, None, 32, True),
-    (None, None, 128, True),
-]
+# By mode of `pyractl bench`: (architecture, merger, schedule, batches); each also gives its dense row.
+OURS = {
+    "infer": [
+        ("vit_base_patch16_224", "pyra", "high", "1,2,4,8,16,32,64,128,256,512"),
+        ("vit_base_patch16_224", "pyra", "low", "1,2,4,8,16,32,64,128,256,512"),
+        ("vit_base_patch16_224", "tome", "high", "1,256"),
+        ("vit_base_patch16_224", "diffrate", "high", "256"),
+        ("vit_large_patch16_224", "pyra", "high", "64,256"),
+        ("vit_large_patch16_224", "pyra", "low", "64,256"),
+        ("vit_small_patch16_224", "pyra", "high", "256"),
+        ("vit_small_patch16_224", "pyra", "low", "256"),
+        ("deit_base_distilled_patch16_224", "pyra", "high", "256"),
+        ("deit_base_distilled_patch16_224", "pyra", "low", "256"),
+    ],
+    "throughput": [
+        ("vit_base_patch16_224", "pyra", "high", "1,8,32,64,128"),
+        ("vit_base_patch16_224", "pyra", "low", "1,8,32,64,128"),
+        ("vit_large_patch16_224", "pyra", "high", "64"),
+    ],
+    # LoRA of rank 8: AdamW, drop-path 0.1, LoRA dropout 0.1.
+    "train": [
+        ("vit_base_patch16_224", "pyra", "high", "32,128"),
+        ("vit_base_patch16_224", "pyra", "low", "32,128"),
+        ("vit_base_patch16_224", "tome", "high", "32,128"),
+    ],
+}
+# The peers, all ViT-B: (merger or None, schedule, batch, compiled); what compiles longest comes last.
+PEERS = {
+    "infer": [
+        (None, None, 256, False),
+        ("pyra", "low", 256, False),
+        ("pyra", "high", 256, False),
+        ("tome", "high", 256, False),
+        (None, None, 1, False),
+        ("pyra", "high", 1, False),
+        (None, None, 256, True),
+        (None, None, 1, True),
+        ("pyra", "high", 256, True),
+        ("pyra", "low", 256, True),
+    ],
+    "train": [
+        (None, None, 32, False),
+        ("pyra", "high", 32, False),
+        (None, None, 128, False),
+        ("pyra", "high", 128, False),
+        (None, None, 32, True),
+        (None, None, 128, True),
+    ],
+}
 PEER_ARCH = "vit_base_patch16_224"
 DROP_PATH = 0.1
 
@@ -66,12 +75,13 @@ def pyractl(*arguments):
 def our_rows(options):
     """Medians by name; the context of the last run. A dense row that several runs measured keeps its first figure."""
     rows, context = {}, {}
-    for arch, merger, schedule, batches in OURS if options.mode == "infer" else OURS_TRAINING:
+    modes = ["infer", "throughput"] if options.mode == "infer" else [options.mode]
+    for mode, (arch, merger, schedule, batches) in [(mode, row) for mode in modes for row in OURS[mode]]:
         if options.quick and arch != PEER_ARCH:
             continue
-        print(f"pyractl {arch} {merger} {schedule}", file=sys.stderr)
+        print(f"pyractl {mode} {arch} {merger} {schedule}", file=sys.stderr)
         document = pyractl("--arch", arch, "--merge", merger, "--schedule", schedule, "--batch", batches, "--mode",
-                           options.mode, "--dtype", options.dtype, "--repetitions", str(options.repetitions), "--min-time", "0.1")  # fmt: skip
+                           mode, "--dtype", options.dtype, "--repetitions", str(options.repetitions), "--min-time", "0.1")  # fmt: skip
         context = document["context"]
         dense = {}
         for run in document["benchmarks"]:
@@ -216,8 +226,7 @@ def main():
     context["peer"] = {"torch": torch.__version__, "timm": timm.__version__}
     document = {"context": context, "rows": rows}
     write(document, options.out)
-    peers = PEERS if options.mode == "infer" else PEERS_TRAINING
-    for peer in [] if options.no_peers else peers:
+    for peer in [] if options.no_peers else PEERS[options.mode]:
         rows.append(peer_row(*peer, options))
         write(document, options.out)  # after each: a compiler that fails loses nothing
     print(markdown(document))

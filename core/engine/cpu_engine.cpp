@@ -62,7 +62,7 @@ at::Tensor CpuEngine::collect() {
   return logits;
 }
 
-std::vector<double> CpuEngine::time_ms(const at::Tensor& given, int64_t runs) {
+std::vector<double> CpuEngine::time_ms(const at::Tensor& given, int64_t runs, int64_t /*in_flight*/) {
   const at::Tensor images = given.scalar_type() == at::kByte ? nn::normalise(given, preprocess_) : given;
   std::vector<double> times;
   for (int64_t i = 0; i < runs; ++i) {

@@ -18,8 +18,8 @@ class CpuEngine final : public Engine {
   [[nodiscard]] at::Tensor collect() override;
   [[nodiscard]] int64_t in_flight() const override { return 1; }
   [[nodiscard]] double last_seconds() const override { return last_seconds_; }
-  [[nodiscard]] std::vector<double> time_ms(const at::Tensor& images, int64_t runs) override;
-  [[nodiscard]] int64_t device_bytes(int64_t) const override { return 0; }
+  [[nodiscard]] std::vector<double> time_ms(const at::Tensor& images, int64_t runs, int64_t in_flight) override;
+  [[nodiscard]] int64_t device_bytes(int64_t, int64_t) const override { return 0; }
 
  private:
   const nn::Vit& model_;

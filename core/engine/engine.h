@@ -56,19 +56,23 @@ class Engine {
   virtual void submit(const at::Tensor& images) = 0;
   [[nodiscard]] virtual at::Tensor collect() = 0;
   [[nodiscard]] virtual int64_t in_flight() const = 0;
-  /// Seconds of computing that the batch collected last took, without its way to the device and back.
+  /// Seconds of computing that the batch collected last took, without its way to the device and back, nor what it
+  /// shared with the batch before: over a pipeline they add up to the time in which something was computed.
   [[nodiscard]] virtual double last_seconds() const = 0;
 
   /// Milliseconds that `runs` forward passes of `images` take, one entry each, with the images where the engine
-  /// computes and without their way there: CUDA events on a GPU, the clock on the CPU.
-  [[nodiscard]] virtual std::vector<double> time_ms(const at::Tensor& images, int64_t runs) = 0;
+  /// computes and without their way there: CUDA events on a GPU, the clock on the CPU. With in_flight 1 each pass
+  /// begins when the one before is done; with more, as in a pipeline of submit(), where two may run side by side and an
+  /// entry is a pass's share of their time. runs, in_flight >= 1.
+  [[nodiscard]] virtual std::vector<double> time_ms(const at::Tensor& images, int64_t runs, int64_t in_flight) = 0;
 
   /// Where a pass spends its time, step by step, each timed alone: no two steps overlap, so it takes longer than
   /// time_ms says. Empty on the CPU.
   [[nodiscard]] virtual std::vector<Stage> profile(const at::Tensor& images);
 
-  /// Bytes that weights and activations for this batch take on the device; 0 on the CPU, where memory is the process's.
-  [[nodiscard]] virtual int64_t device_bytes(int64_t batch) const = 0;
+  /// Bytes that weights and activations take on the device with so many batches of that size in flight; 0 on the CPU,
+  /// where memory is the process's.
+  [[nodiscard]] virtual int64_t device_bytes(int64_t batch, int64_t in_flight) const = 0;
 
  protected:
   Engine() = default;

@@ -120,8 +120,8 @@ void check(const BenchSettings& settings) {
   if (settings.merge.empty() != settings.schedule.empty())
     fail(ExitCode::usage, "bench: --merge and --schedule go together: --merge tome --schedule high");
   for (const std::string& mode : settings.modes)
-    if (mode != "infer" && mode != "train" && mode != "e2e")
-      fail(ExitCode::usage, "bench: mode '", mode, "', expected infer, train or e2e");
+    if (mode != "infer" && mode != "throughput" && mode != "train" && mode != "e2e")
+      fail(ExitCode::usage, "bench: mode '", mode, "', expected infer, throughput, train or e2e");
   const bool end_to_end = std::find(settings.modes.begin(), settings.modes.end(), "e2e") != settings.modes.end();
   if (end_to_end == settings.data.empty())
     fail(ExitCode::usage, "bench: --end-to-end and --data go together: files to read, and what to do with them");

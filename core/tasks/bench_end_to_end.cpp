@@ -63,7 +63,7 @@ class EndToEnd {
       resize.ms += ms_since(start);
       resize.bytes += double(prepared.pixels.size());
     }
-    compute.ms = engine_->time_ms(next_batch(), 1)[0];
+    compute.ms = engine_->time_ms(next_batch(), 1, 1)[0];
     for (engine::Stage* stage : {&read, &decode, &resize}) stage->calls = batch_;
     compute.calls = 1;
     return {read, decode, resize, compute};
@@ -71,7 +71,7 @@ class EndToEnd {
 
   [[nodiscard]] std::vector<double> latency_ms() const { return latency_ms_; }
   void forget_latency() { latency_ms_.clear(); }
-  [[nodiscard]] int64_t device_bytes() const { return engine_->device_bytes(batch_); }
+  [[nodiscard]] int64_t device_bytes() const { return engine_->device_bytes(batch_, engine_->in_flight()); }
 
  private:
   at::Tensor next_batch() {

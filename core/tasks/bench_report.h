@@ -18,7 +18,7 @@ struct BenchSettings {
   std::string merge;  ///< merge plugin beside the dense model; "": the one the file carries, if any
   std::string schedule;
   std::string peft = "lora";                ///< of training rows; inference is measured as deployed, without
-  std::vector<std::string> modes{"infer"};  ///< "infer", "train", "e2e": from encoded files to labels
+  std::vector<std::string> modes{"infer"};  ///< "infer", "throughput", "train", "e2e"
   std::string data, split = "test";         ///< e2e: the files
   std::vector<int64_t> batches{32};
   std::string device = "auto", dtype = "auto";

@@ -99,20 +99,23 @@ struct InferenceScene {
   std::unique_ptr<engine::Engine> engine;
 };
 
-BenchSubject infer_subject(const std::shared_ptr<InferenceScene>& scene, const BenchSettings& settings, int64_t batch) {
-  const BenchRow row = describe(*scene->model, "infer", settings, batch);
+// "infer": one batch after another; "throughput": as many in flight as the engine takes.
+BenchSubject infer_subject(const std::shared_ptr<InferenceScene>& scene, const std::string& mode,
+                           const BenchSettings& settings, int64_t batch) {
+  const BenchRow row = describe(*scene->model, mode, settings, batch);
+  const int64_t in_flight = mode == "throughput" ? scene->engine->in_flight() : 1;
   // As an engine takes them: bytes where the way to the device is not measured, normalised values on the CPU.
   at::Tensor images = random_images(batch, scene->model->file.config).images;
   if (settings.device == "cpu") images = nn::normalise(images, scene->model->file.preprocess);
   // What computes nonsense need not be timed.
   if (!scene->engine->run(images).isfinite().all().item<bool>())
     fail(ExitCode::untrusted, row.name, ": the logits of random images are not finite");
-  BenchSubject subject{.row = row, .time_ms = [scene, images](int64_t iterations) {
-                         const std::vector<double> times = scene->engine->time_ms(images, iterations);
+  BenchSubject subject{.row = row, .time_ms = [scene, images, in_flight](int64_t iterations) {
+                         const std::vector<double> times = scene->engine->time_ms(images, iterations, in_flight);
                          return std::accumulate(times.begin(), times.end(), 0.0);
                        }};
   if (settings.device == "cpu") return subject;
-  subject.device_bytes = [scene, batch] { return scene->engine->device_bytes(batch); };
+  subject.device_bytes = [scene, batch, in_flight] { return scene->engine->device_bytes(batch, in_flight); };
   if (settings.profile) subject.profile = [scene, images] { return scene->engine->profile(images); };
   return subject;
 }
@@ -194,7 +197,7 @@ std::vector<BenchSubject> make_subjects(const BenchSettings& settings, const hos
     std::vector<std::shared_ptr<InferenceScene>> scenes;
     for (const auto& model : models) {
       scenes.push_back(std::make_shared<InferenceScene>(InferenceScene{model, nullptr}));
-      if (mode == "infer")
+      if (!training && !end_to_end)
         scenes.back()->engine =
             make_engine(*model, settings.device, resolve_precision(settings.dtype, settings.device));
     }
@@ -203,7 +206,7 @@ std::vector<BenchSubject> make_subjects(const BenchSettings& settings, const hos
         subjects.push_back(training     ? train_subject(scene->model, settings, batch)
                            : end_to_end ? end_to_end_subject(scene->model, dataset, settings,
                                                              describe(*scene->model, mode, settings, batch))
-                                        : infer_subject(scene, settings, batch));
+                                        : infer_subject(scene, mode, settings, batch));
   }
   return subjects;
 }

@@ -34,7 +34,7 @@ Stopwatch::Stopwatch(const nn::Vit& dense, const nn::Preprocess& preprocess, con
 Stopwatch::~Stopwatch() = default;
 
 double Stopwatch::once(engine::Engine& engine) const {
-  return engine.time_ms(images_, 1)[0] * 1e-3;
+  return engine.time_ms(images_, 1, 1)[0] * 1e-3;
 }
 
 Timing Stopwatch::time(const nn::Vit& compressed, int64_t pairs, double seconds) const {

@@ -65,7 +65,7 @@ std::function<at::Tensor(const engine::TrainStep&)> Teacher::over(const data::St
 }
 
 int64_t Teacher::device_bytes() const {
-  return engine_->device_bytes(kLookBatch);
+  return engine_->device_bytes(kLookBatch, 1);
 }
 
 std::string Teacher::identity() const {

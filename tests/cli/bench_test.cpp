@@ -75,6 +75,13 @@ TEST_CASE("bench prints Google Benchmark's JSON with a dense row beside the merg
   CHECK(macs["infer/vit_ti_patch16_64/tome-2/cpu/fp32/b1"] < macs["infer/vit_ti_patch16_64/dense/cpu/fp32/b1"]);
 }
 
+TEST_CASE("throughput rows stand beside those of one batch after another", "[bench]") {
+  const Workshop shop;
+  const json document = json_of(shop, kSmall + "--mode infer,throughput --batch 2 --repetitions 3 --min-time 0.001 ");
+  CHECK(names(document) == std::set<std::string>{"infer/vit_ti_patch16_64/dense/cpu/fp32/b2",
+                                                 "throughput/vit_ti_patch16_64/dense/cpu/fp32/b2"});
+}
+
 TEST_CASE("training rows count what trains and name the method where it is not lora", "[bench]") {
   const Workshop shop;
   const std::string line = kSmall + "--mode train --merge pyra --schedule 2 --batch 2 --repetitions 3 --warmup 1 ";

@@ -46,11 +46,13 @@ TEST_CASE("100 replayed forwards neither wait nor allocate", "[cuda][gpu]") {
       engine::make_engine(merging_model(), {.size = 48}, {.device = "cuda:0", .precision = engine::Precision::bf16});
   const at::Tensor images = test::bytes(test::small_config(), 8);
   DriverCalls calls;
-  for (int slot = 0; slot < 2; ++slot) (void)gpu->time_ms(images, 1);  // captures, and makes both slots' memory
+  const int64_t in_flight = GENERATE(1, 3);
+  CAPTURE(in_flight);
+  for (int slot = 0; slot < 3; ++slot) (void)gpu->time_ms(images, 1, in_flight);  // captures, and makes slots' memory
   (void)calls.take();
-  REQUIRE(gpu->time_ms(images, 1).size() == 1);
+  REQUIRE(gpu->time_ms(images, 1, in_flight).size() == 1);
   const auto one = calls.take();
-  REQUIRE(gpu->time_ms(images, 100).size() == 100);
+  REQUIRE(gpu->time_ms(images, 100, in_flight).size() == 100);
   const auto hundred = calls.take();
   // What time_ms itself does, once a call, whatever the number of forwards.
   CHECK(DriverCalls::count(one, kWaits) >= 1);

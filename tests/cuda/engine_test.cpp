@@ -1,6 +1,9 @@
 // Whole models on the GPU: against the fixtures, against the CPU engine, and what the engine promises of itself.
 #include "engine/engine.h"
 
+#include <chrono>
+
+#include "base/clock.h"
 #include "base/error.h"
 #include "base/text.h"
 #include "cuda/device.h"
@@ -157,16 +160,27 @@ TEST_CASE("batches in flight come back in order, whatever their size", "[cuda][g
   for (const int64_t count : {4, 9, 4, 1, 9, 30}) batches.push_back(bytes(config, count, uint64_t(count) + 10));
   for (const at::Tensor& batch : batches) expected.push_back(on_gpu(vit)->run(batch));
   std::vector<at::Tensor> found;
+  double seconds = 0;
+  const auto collect = [&] {
+    found.push_back(gpu->collect());
+    CHECK(gpu->last_seconds() >= 0);
+    seconds += gpu->last_seconds();
+  };
+  const auto start = std::chrono::steady_clock::now();
   for (size_t i = 0; i < batches.size(); ++i) {
-    if (int64_t(i - found.size()) == gpu->in_flight()) found.push_back(gpu->collect());
+    if (int64_t(i - found.size()) == gpu->in_flight()) collect();
     gpu->submit(batches[i]);
   }
-  while (found.size() < batches.size()) found.push_back(gpu->collect());
+  while (found.size() < batches.size()) collect();
+  // What batches side by side share is counted once.
+  CHECK(seconds > 0);
+  CHECK(seconds <= seconds_since(start));
   for (size_t i = 0; i < batches.size(); ++i) {
     CAPTURE(i);
     CHECK(at::equal(found[i], expected[i]));
   }
   CHECK_THROWS_AS(gpu->collect(), Error);
+  CHECK(gpu->device_bytes(9, 3) > gpu->device_bytes(9, 1));  // two side by side
 }
 
 TEST_CASE("what the GPU does not do is refused in words", "[cuda][gpu]") {

@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "engine/cuda/device.h"
+#include "nn/config.h"
 
 namespace pyra::engine {
 namespace {
@@ -32,44 +33,44 @@ size_t bytes_of(const at::Tensor& images) {
   return size_t(images.numel()) * images.element_size();
 }
 
+/// The most images of a pass that goes side by side with another. Two fill the multiprocessors that the last wave of
+/// each other's kernels leaves idle, and the time in which either waits for weights; long ones only take each other's
+/// place in L2. Gained by it on an H200 (2026-11-28; ViT-B; multiply-adds that each multiprocessor has to do): PYRA
+/// high 74 % at one image, 24 % at 16 (7e8), 10 % at 64 (2.6e9), 6 % at 128 (5e9), low 9 % at 64 (4e9), 6 % at 128
+/// (9e9), dense 3 % at 64 (9e9).
+int most_images_beside(const nn::Vit& model, int device) {
+  constexpr double kMacsEach = 1e10;
+  int multiprocessors = 0;
+  PYRA_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return int(kMacsEach * multiprocessors / double(nn::count_macs(model.config(), model.tokens_after())));
+}
+
 }  // namespace
 
 CudaEngine::CudaEngine(const nn::Vit& model, const nn::Preprocess& preprocess, const EngineOptions& options, int device)
     : device_(set_device(device)),
       device_model_(model, types_of(options.precision)),
-      cache_(gemm_cache(device, options.deterministic)) {
-  // One half before the other, not both in step: the kernels of one that wait for memory then run beside the other's
-  // matrix products. A graph's kernels keep the priority of the stream that they were captured from.
-  int least = 0, priority = 0;
-  PYRA_CUDA(cudaDeviceGetStreamPriorityRange(&least, &priority));
-  for (Branch& branch : branches_) {
-    branch.forward = std::make_unique<Forward>(model, device_model_, preprocess, options.exact_gelu, cache_, priority);
-    priority = std::min(priority + 1, least);
-  }
+      cache_(gemm_cache(device, options.deterministic)),
+      most_beside_(most_images_beside(model, device)) {
+  for (auto& lane : lanes_) lane = std::make_unique<Lane>(model, device_model_, preprocess, options.exact_gelu, cache_);
   PYRA_CUDA(cudaStreamCreateWithFlags(&copy_, cudaStreamNonBlocking));
-  for (cudaEvent_t* event : {&fork_, &join_}) PYRA_CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
-  for (Slot& slot : slots_) {
+  for (Slot& slot : slots_)
     for (cudaEvent_t* event : {&slot.copied, &slot.read, &slot.returned})
       PYRA_CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
-    for (cudaEvent_t* event : {&slot.begun, &slot.done}) PYRA_CUDA(cudaEventCreate(event));
-  }
+  for (Pass& pass : passes_)
+    for (cudaEvent_t* event : {&pass.begun, &pass.done}) PYRA_CUDA(cudaEventCreate(event));
 }
 
 CudaEngine::~CudaEngine() {
   (void)cudaSetDevice(device_);
   (void)cudaDeviceSynchronize();
-  drop_graphs();
-  for (Slot& slot : slots_)
-    for (cudaEvent_t event : {slot.copied, slot.begun, slot.read, slot.done, slot.returned})
+  for (const Slot& slot : slots_)
+    for (cudaEvent_t event : {slot.copied, slot.read, slot.returned})
       if (event) (void)cudaEventDestroy(event);
-  for (cudaEvent_t event : {fork_, join_})
-    if (event) (void)cudaEventDestroy(event);
+  for (const Pass& pass : passes_)
+    for (cudaEvent_t event : {pass.begun, pass.done})
+      if (event) (void)cudaEventDestroy(event);
   if (copy_) (void)cudaStreamDestroy(copy_);
-}
-
-void CudaEngine::drop_graphs() {
-  for (const auto& [batch, graph] : graphs_) (void)cudaGraphExecDestroy(graph);
-  graphs_.clear();
 }
 
 void CudaEngine::check(const at::Tensor& images) const {
@@ -84,84 +85,52 @@ void CudaEngine::check(const at::Tensor& images) const {
          side, ",", side, ",3] or normalised fp32 [B,3,", side, ",", side, "] on the CPU");
 }
 
-int CudaEngine::branches_of(int batch) {
-  // Two halves fill the SMs that the last wave of each other's kernels leaves idle. On an H100 (2026-11-25) that is
-  // worth 2 % dense and 5 % merged at 256 images, and costs 2 to 10 % at 64 and below, where a half no longer fills the
-  // GPU. Four quarters lose 1 % dense and 9 % merged (H200); that one half comes first is worth 1 %.
-  constexpr int kWorthCutting = 256;
-  return batch >= kWorthCutting && batch % 2 == 0 ? 2 : 1;
+void CudaEngine::check_idle(const char* call) const {
+  if (collected_ < submitted_)
+    fail(ExitCode::internal, "engine: ", call, "() while ", submitted_ - collected_, " batches are in flight");
 }
 
-/// Memory for a batch of this size; a larger one than before throws away what points into the old.
-void CudaEngine::plan_for(int batch) {
-  const int count = branches_of(batch), share = batch / count;
-  bool enough = true;
-  for (int i = 0; i < count; ++i) enough = enough && share <= branches_[size_t(i)].activations.batch;
-  if (enough) return;
-  PYRA_CUDA(cudaStreamSynchronize(stream()));  // what is in flight uses the old
-  drop_graphs();
-  size_t wanted = 0;
-  for (int i = 0; i < count; ++i) {
-    branches_[size_t(i)].activations = {};
-    wanted += Activations::bytes_for(device_model_, share);
-  }
+/// By batches of that size, so many in flight.
+size_t CudaEngine::lanes_taken(int64_t batch, int64_t in_flight) const {
+  return in_flight > 1 && batch <= most_beside_ ? lanes_.size() : 1;
+}
+
+/// Memory for such a batch; false where the device has too little. A larger one than before throws away what points
+/// into the old.
+bool CudaEngine::plan(Lane& lane, int batch) {
+  if (lane.room() >= batch) return true;
+  lane.clear();
   size_t free_bytes = 0, total = 0;
   PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
-  if (wanted > free_bytes) {
-    const size_t each = Activations::bytes_for(device_model_, 1);
-    fail(ExitCode::device, "the GPU has ", free_bytes >> 20, " MB free of ", total >> 20, "; a batch of ", batch,
-         " needs ", wanted >> 20, " MB beside the weights; a batch of ",
-         std::max<size_t>(1, free_bytes * 9 / 10 / each), " would fit");
-  }
-  for (int i = 0; i < count; ++i) branches_[size_t(i)].activations = Activations(device_model_, share);
+  if (Activations::bytes_for(device_model_, batch) > free_bytes) return false;
+  lane.plan(batch);
+  return true;
 }
 
-/// All of a pass but the reading of images, on every branch, joined in the first one's stream.
-void CudaEngine::enqueue(int batch) {
-  const int count = branches_of(batch);
-  if (count == 2) {
-    PYRA_CUDA(cudaEventRecord(fork_, stream()));
-    PYRA_CUDA(cudaStreamWaitEvent(branches_[1].forward->stream(), fork_, 0));
+/// The lane of a batch that comes now, with memory for it: the one that the batch before it does not take, unless that
+/// one is done with or there is no memory for two.
+size_t CudaEngine::choose_lane(int batch) {
+  if (batch <= most_beside_ && collected_ < submitted_) {
+    const size_t other = 1 - slot(submitted_ - 1).lane;
+    if (plan(*lanes_[other], batch)) return other;
   }
-  for (int i = 0; i < count; ++i)
-    branches_[size_t(i)].forward->enqueue(batch / count, branches_[size_t(i)].activations);
-  if (count == 2) {
-    PYRA_CUDA(cudaEventRecord(join_, branches_[1].forward->stream()));
-    PYRA_CUDA(cudaStreamWaitEvent(stream(), join_, 0));
-  }
+  if (plan(*lanes_[0], batch)) return 0;
+  size_t free_bytes = 0, total = 0;
+  PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
+  const size_t each = Activations::bytes_for(device_model_, 1);
+  fail(ExitCode::device, "the GPU has ", free_bytes >> 20, " MB free of ", total >> 20, "; a batch of ", batch,
+       " needs ", Activations::bytes_for(device_model_, batch) >> 20, " MB beside the weights; a batch of ",
+       std::max<size_t>(1, free_bytes * 9 / 10 / each), " would fit");
 }
 
-void CudaEngine::check_host_plans() {
-  for (Branch& branch : branches_) branch.forward->check_host_plans();
+void CudaEngine::capture(Lane& lane, int batch) {
+  if (lane.captured(batch)) return;
+  wait_for_lanes();
+  lane.capture(batch);
 }
 
-cudaGraphExec_t CudaEngine::graph_for(int batch) {
-  plan_for(batch);
-  if (const auto found = graphs_.find(batch); found != graphs_.end()) return found->second;
-  // Once without a graph: matrix products choose their algorithms, kernels set their attributes.
-  enqueue(batch);
-  PYRA_CUDA(cudaStreamSynchronize(stream()));
-  check_host_plans();
-  if (cache_) cache_->save();
-
-  cudaGraph_t graph = nullptr;
-  PYRA_CUDA(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal));
-  try {
-    enqueue(batch);
-  } catch (...) {
-    (void)cudaStreamEndCapture(stream(), &graph);
-    if (graph) (void)cudaGraphDestroy(graph);
-    (void)cudaGetLastError();
-    throw;
-  }
-  PYRA_CUDA(cudaStreamEndCapture(stream(), &graph));
-  cudaGraphExec_t executable = nullptr;
-  const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
-  (void)cudaGraphDestroy(graph);
-  PYRA_CUDA(status);
-  graphs_.emplace(batch, executable);
-  PYRA_CUDA(cudaGraphUpload(executable, stream()));
-  return executable;
+void CudaEngine::wait_for_lanes() {
+  for (const auto& lane : lanes_) PYRA_CUDA(cudaStreamSynchronize(lane->stream()));
 }
 
 /// Copies into the slot's pinned memory and sends it on its way, once its last batch was read.
@@ -169,7 +138,7 @@ void CudaEngine::stage(Slot& slot, const at::Tensor& images) {
   const size_t bytes = bytes_of(images);
   if (slot.device_images.bytes() < bytes) {
     PYRA_CUDA(cudaStreamSynchronize(copy_));
-    PYRA_CUDA(cudaStreamSynchronize(stream()));
+    wait_for_lanes();
     slot.host_images = PinnedMemory(bytes);
     slot.device_images = DeviceMemory(bytes);
   }
@@ -185,115 +154,104 @@ void CudaEngine::stage(Slot& slot, const at::Tensor& images) {
 }
 
 void CudaEngine::read_images(const Slot& slot, const at::Tensor& images) {
-  const int count = branches_of(slot.batch), share = slot.batch / count;
-  const size_t bytes = bytes_of(images) / size_t(count);
-  for (int i = 0; i < count; ++i) {
-    const Branch& branch = branches_[size_t(i)];
-    branch.forward->read_images(
-        {.data = slot.device_images.get<char>() + size_t(i) * bytes, .is_float = images.scalar_type() == at::kFloat},
-        share, branch.activations, stream());
-  }
-}
-
-void CudaEngine::return_logits(const Slot& slot) {
-  const int count = branches_of(slot.batch);
-  const size_t bytes = size_t(slot.batch / count) * size_t(device_model_.config.num_classes) * sizeof(float);
-  for (int i = 0; i < count; ++i)
-    PYRA_CUDA(cudaMemcpyAsync(slot.host_logits.get<char>() + size_t(i) * bytes,
-                              branches_[size_t(i)].activations.logits.get(), bytes, cudaMemcpyDeviceToHost, stream()));
+  lanes_[slot.lane]->read_images({.data = slot.device_images.get(), .is_float = images.scalar_type() == at::kFloat},
+                                 slot.batch);
 }
 
 void CudaEngine::submit(const at::Tensor& images) {
   check(images);
-  if (queue_.size() == slots_.size())
-    fail(ExitCode::internal, "engine: ", queue_.size(), " batches are in flight already; collect() one first");
+  if (submitted_ - collected_ == in_flight())
+    fail(ExitCode::internal, "engine: ", in_flight(), " batches are in flight already; collect() one first");
   PYRA_CUDA(cudaSetDevice(device_));
-  Slot& slot = slots_[next_];
+  Slot& slot = this->slot(submitted_);
   stage(slot, images);
-  const cudaGraphExec_t graph = graph_for(slot.batch);
-  PYRA_CUDA(cudaStreamWaitEvent(stream(), slot.copied, 0));
-  PYRA_CUDA(cudaEventRecord(slot.begun, stream()));
+  slot.lane = choose_lane(slot.batch);
+  Lane& lane = *lanes_[slot.lane];
+  capture(lane, slot.batch);
+  const Pass& pass = this->pass(submitted_);
+  const cudaStream_t stream = lane.stream();
+  PYRA_CUDA(cudaStreamWaitEvent(stream, slot.copied, 0));
+  PYRA_CUDA(cudaEventRecord(pass.begun, stream));
   read_images(slot, images);
-  PYRA_CUDA(cudaEventRecord(slot.read, stream()));
-  PYRA_CUDA(cudaGraphLaunch(graph, stream()));
-  PYRA_CUDA(cudaEventRecord(slot.done, stream()));
-  return_logits(slot);
-  PYRA_CUDA(cudaEventRecord(slot.returned, stream()));
-  queue_.push_back(next_);
-  next_ = (next_ + 1) % slots_.size();
+  PYRA_CUDA(cudaEventRecord(slot.read, stream));
+  lane.launch(slot.batch);
+  PYRA_CUDA(cudaEventRecord(pass.done, stream));
+  PYRA_CUDA(cudaMemcpyAsync(slot.host_logits.get(), lane.logits(),
+                            size_t(slot.batch) * size_t(device_model_.config.num_classes) * sizeof(float),
+                            cudaMemcpyDeviceToHost, stream));
+  PYRA_CUDA(cudaEventRecord(slot.returned, stream));
+  ++submitted_;
+}
+
+/// From its begin, or from the end of the one before where that came later, to its end: passes side by side share their
+/// time.
+double CudaEngine::seconds_of(const Pass& pass, const Pass& before) const {
+  float all = 0, shared = 0;
+  PYRA_CUDA(cudaEventElapsedTime(&all, pass.begun, pass.done));
+  if (collected_ > 0) PYRA_CUDA(cudaEventElapsedTime(&shared, pass.begun, before.done));
+  return 1e-3 * std::max(0.0, double(all) - std::max(0.0, double(shared)));
 }
 
 at::Tensor CudaEngine::collect() {
-  if (queue_.empty()) fail(ExitCode::internal, "engine: collect() without a batch submitted");
+  if (collected_ == submitted_) fail(ExitCode::internal, "engine: collect() without a batch submitted");
   PYRA_CUDA(cudaSetDevice(device_));
-  Slot& slot = slots_[queue_.front()];
-  queue_.pop_front();
+  const Slot& slot = this->slot(collected_);
   PYRA_CUDA(cudaEventSynchronize(slot.returned));
-  float ms = 0;
-  PYRA_CUDA(cudaEventElapsedTime(&ms, slot.begun, slot.done));
-  last_seconds_ = double(ms) * 1e-3;
-  check_host_plans();
+  last_seconds_ = seconds_of(pass(collected_), pass(collected_ + int64_t(passes_.size()) - 1));
+  ++collected_;
+  lanes_[slot.lane]->check_host_plans();
   at::Tensor logits = at::empty({slot.batch, device_model_.config.num_classes}, at::kFloat);
   std::memcpy(logits.data_ptr(), slot.host_logits.get(), bytes_of(logits));
   return logits;
 }
 
 at::Tensor CudaEngine::run(const at::Tensor& images) {
-  if (!queue_.empty()) fail(ExitCode::internal, "engine: run() while ", queue_.size(), " batches are in flight");
+  check_idle("run");
   submit(images);
   return collect();
 }
 
-std::vector<double> CudaEngine::time_ms(const at::Tensor& images, int64_t runs) {
-  (void)run(images);  // plans, captures, and leaves the images in a slot on the device
-  const Slot& slot = slots_[(next_ + slots_.size() - 1) % slots_.size()];
-  const cudaGraphExec_t graph = graph_for(slot.batch);
-  std::vector<cudaEvent_t> marks(size_t(runs) + 1);
+std::vector<double> CudaEngine::time_ms(const at::Tensor& images, int64_t runs, int64_t in_flight) {
+  check_idle("time_ms");
+  const size_t lanes = lanes_taken(images.size(0), in_flight);
+  // Plans, captures, and leaves the images in slots on the device, one for each lane.
+  const int64_t first = submitted_;
+  for (size_t i = 0; i < lanes; ++i) submit(images);
+  while (collected_ < submitted_) (void)collect();
+  // A pass is timed from the end of the one before it on its lane; the last have company to their end.
+  std::vector<cudaEvent_t> marks(lanes + size_t(runs) + lanes - 1);
   for (cudaEvent_t& mark : marks) PYRA_CUDA(cudaEventCreate(&mark));
-  PYRA_CUDA(cudaEventRecord(marks[0], stream()));
-  for (size_t i = 1; i < marks.size(); ++i) {
-    read_images(slot, images);
-    PYRA_CUDA(cudaGraphLaunch(graph, stream()));
-    PYRA_CUDA(cudaEventRecord(marks[i], stream()));
+  for (size_t i = 0; i < marks.size(); ++i) {
+    const Slot& slot = this->slot(first + int64_t(i % lanes));
+    Lane& lane = *lanes_[slot.lane];
+    if (i >= lanes) {
+      read_images(slot, images);
+      lane.launch(slot.batch);
+    }
+    PYRA_CUDA(cudaEventRecord(marks[i], lane.stream()));
   }
-  PYRA_CUDA(cudaStreamSynchronize(stream()));
+  wait_for_lanes();
   std::vector<double> times;
-  for (size_t i = 1; i < marks.size(); ++i) {
+  for (size_t i = lanes; i < lanes + size_t(runs); ++i) {
     float ms = 0;
-    PYRA_CUDA(cudaEventElapsedTime(&ms, marks[i - 1], marks[i]));
-    times.push_back(double(ms));
+    PYRA_CUDA(cudaEventElapsedTime(&ms, marks[i - lanes], marks[i]));
+    times.push_back(double(ms) / double(lanes));
   }
   for (cudaEvent_t mark : marks) (void)cudaEventDestroy(mark);
-  check_host_plans();
+  for (const auto& lane : lanes_) lane->check_host_plans();
   return times;
 }
 
 std::vector<Stage> CudaEngine::profile(const at::Tensor& images) {
   (void)run(images);
-  const int batch = int(images.size(0)), count = branches_of(batch);
-  std::vector<Stage> stages;
-  for (int i = 0; i < count; ++i) {
-    const Branch& branch = branches_[size_t(i)];
-    StageTimer timer;
-    branch.forward->enqueue(batch / count, branch.activations, &timer);
-    for (const Stage& stage : timer.read()) {
-      const auto same = std::ranges::find(stages, stage.name, &Stage::name);
-      if (same == stages.end()) {
-        stages.push_back(stage);
-        continue;
-      }
-      same->calls += stage.calls;
-      same->ms += stage.ms;
-      same->bytes += stage.bytes;
-      same->operations += stage.operations;
-    }
-  }
-  return stages;
+  StageTimer timer;
+  lanes_[0]->profile(int(images.size(0)), timer);
+  return timer.read();
 }
 
-int64_t CudaEngine::device_bytes(int64_t batch) const {
-  const int count = branches_of(int(batch));
-  return int64_t(device_model_.bytes() + size_t(count) * Activations::bytes_for(device_model_, int(batch) / count));
+int64_t CudaEngine::device_bytes(int64_t batch, int64_t in_flight) const {
+  return int64_t(device_model_.bytes() +
+                 lanes_taken(batch, in_flight) * Activations::bytes_for(device_model_, int(batch)));
 }
 
 }  // namespace pyra::engine

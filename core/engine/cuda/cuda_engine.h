@@ -1,13 +1,12 @@
-// The engine on a GPU: one captured graph per batch size over memory planned once, a large batch in two halves side by
-// side, and a pipeline of two batches, so that the copy of one, the pass of another and what the caller does meanwhile
-// overlap.
+// The engine on a GPU: memory planned once, one captured graph per batch size, and a pipeline of batches in flight, so
+// that the copy of one, the passes of others and what the caller does meanwhile overlap. Passes too short to fill the
+// GPU go side by side, each along a lane (lane.h) of its own.
 #pragma once
 #include <array>
 #include <deque>
-#include <map>
 #include <memory>
 
-#include "engine/cuda/forward.h"
+#include "engine/cuda/lane.h"
 
 namespace pyra::engine {
 
@@ -21,45 +20,47 @@ class CudaEngine final : public Engine {
   [[nodiscard]] at::Tensor collect() override;
   [[nodiscard]] int64_t in_flight() const override { return int64_t(slots_.size()); }
   [[nodiscard]] double last_seconds() const override { return last_seconds_; }
-  [[nodiscard]] std::vector<double> time_ms(const at::Tensor& images, int64_t runs) override;
+  [[nodiscard]] std::vector<double> time_ms(const at::Tensor& images, int64_t runs, int64_t in_flight) override;
   [[nodiscard]] std::vector<Stage> profile(const at::Tensor& images) override;
-  [[nodiscard]] int64_t device_bytes(int64_t batch) const override;
+  [[nodiscard]] int64_t device_bytes(int64_t batch, int64_t in_flight) const override;
 
  private:
-  /// The way of one batch: pinned memory, its place on the device, and when each may be used again.
+  /// Two batches computed and one on its way to the device.
+  static constexpr size_t kInFlight = 3;
+  /// The way of one batch: pinned memory, its place on the device, its lane, and when each may be used again.
   struct Slot {
     PinnedMemory host_images, host_logits;
     DeviceMemory device_images;
-    cudaEvent_t copied = nullptr, begun = nullptr, read = nullptr, done = nullptr, returned = nullptr;
+    cudaEvent_t copied = nullptr, read = nullptr, returned = nullptr;
     int batch = 0;
+    size_t lane = 0;
   };
-  /// A share of the batch with streams and memory of its own.
-  struct Branch {
-    std::unique_ptr<Forward> forward;
-    Activations activations;
+  /// When a batch was computed.
+  struct Pass {
+    cudaEvent_t begun = nullptr, done = nullptr;
   };
+
   void check(const at::Tensor& images) const;
-  /// Into how many branches a batch of that size is cut: shares of the same size, or an image's place would matter.
-  [[nodiscard]] static int branches_of(int batch);
-  void plan_for(int batch);
-  cudaGraphExec_t graph_for(int batch);
-  void enqueue(int batch);
-  void check_host_plans();
-  void drop_graphs();
+  void check_idle(const char* call) const;  ///< nothing is in flight
+  [[nodiscard]] size_t lanes_taken(int64_t batch, int64_t in_flight) const;
+  [[nodiscard]] size_t choose_lane(int batch);
+  [[nodiscard]] bool plan(Lane& lane, int batch);
+  void capture(Lane& lane, int batch);
   void stage(Slot& slot, const at::Tensor& images);
   void read_images(const Slot& slot, const at::Tensor& images);
-  void return_logits(const Slot& slot);
-  [[nodiscard]] cudaStream_t stream() const { return branches_[0].forward->stream(); }
+  void wait_for_lanes();
+  [[nodiscard]] double seconds_of(const Pass& pass, const Pass& before) const;
+  [[nodiscard]] Slot& slot(int64_t number) { return slots_[size_t(number) % slots_.size()]; }
+  [[nodiscard]] Pass& pass(int64_t number) { return passes_[size_t(number) % passes_.size()]; }
 
   int device_;
   DeviceModel device_model_;
   std::shared_ptr<kernels::cuda::GemmCache> cache_;
-  std::array<Branch, 2> branches_;
-  cudaEvent_t fork_ = nullptr, join_ = nullptr;
-  std::map<int, cudaGraphExec_t> graphs_;
-  std::array<Slot, 2> slots_;
-  std::deque<size_t> queue_;  ///< of slots, in the order of submission
-  size_t next_ = 0;
+  int most_beside_;  ///< images of a pass that leaves room for another
+  std::array<std::unique_ptr<Lane>, 2> lanes_;
+  std::array<Slot, kInFlight> slots_;
+  std::array<Pass, kInFlight + 1> passes_;  ///< one more than are in flight: each is timed from the end of the last
+  int64_t submitted_ = 0, collected_ = 0;   ///< batches since the beginning
   double last_seconds_ = 0;
   cudaStream_t copy_ = nullptr;
 };

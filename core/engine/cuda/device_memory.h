@@ -53,4 +53,19 @@ class Memory {
 using DeviceMemory = Memory<detail::DeviceSpace>;
 using PinnedMemory = Memory<detail::PinnedSpace>;
 
+/// A buffer's place in a DeviceMemory that others share, which must outlive it.
+class DeviceSpan {
+ public:
+  DeviceSpan() = default;
+  explicit DeviceSpan(char* at) : at_(at) {}
+
+  template <class T = void>
+  [[nodiscard]] T* get() const {
+    return reinterpret_cast<T*>(at_);
+  }
+
+ private:
+  char* at_ = nullptr;
+};
+
 }  // namespace pyra::engine

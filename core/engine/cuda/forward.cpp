@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "engine/cuda/memory_plan.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/embed.h"
 #include "kernels/cuda/layer_norm.h"
@@ -17,27 +18,6 @@ namespace cuda = kernels::cuda;
 
 namespace {
 
-/// Bytes an image takes in each buffer, in the order of Activations.
-struct ImageBytes {
-  explicit ImageBytes(const DeviceModel& model) {
-    const nn::VitConfig& config = model.config;
-    const size_t n = size_t(config.tokens()), c = size_t(config.embed_dim),
-                 compute = cuda::size_of(model.types.compute);
-    stream = n * c * cuda::size_of(model.types.residual);
-    rows = n * c * compute;
-    const size_t patch_values = size_t(config.patches() * 3 * config.patch_size * config.patch_size);
-    wide = std::max(n * std::max(3 * c, size_t(config.mlp_dim)), patch_values) * compute;
-    tokens = n * 4;
-    class_rows = size_t(config.num_heads) * n * 4;
-    features = c * 4;
-    logits = size_t(config.num_classes) * 4;
-  }
-  [[nodiscard]] size_t total() const {
-    return 2 * stream + rows + wide + 6 * tokens + class_rows + 2 * features + logits;
-  }
-  size_t stream, rows, wide, tokens, class_rows, features, logits;
-};
-
 /// `call` of this layer.
 cuda::LinearCall layer_call(const DeviceLinear& layer, cuda::LinearCall call) {
   call.weight = layer.weight;
@@ -49,22 +29,48 @@ cuda::LinearCall layer_call(const DeviceLinear& layer, cuda::LinearCall call) {
 
 }  // namespace
 
-Activations::Activations(const DeviceModel& model, int images) : batch(images) {
-  const ImageBytes each(model);
-  const size_t b = size_t(images);
-  for (DeviceMemory& memory : stream) memory = DeviceMemory(b * each.stream);
-  rows = DeviceMemory(b * each.rows);
-  wide = DeviceMemory(b * each.wide);
-  for (DeviceMemory* memory : {&sizes[0], &sizes[1], &keep, &src, &dst, &cosine})
-    *memory = DeviceMemory(b * each.tokens);
-  class_rows = DeviceMemory(b * each.class_rows);
-  pooled = DeviceMemory(b * each.features);
-  features = DeviceMemory(b * each.features);
-  logits = DeviceMemory(b * each.logits);
+/// One of the buffers, with the bytes that an image takes there.
+struct Activations::Buffer {
+  DeviceSpan* span;
+  size_t image_bytes;
+
+  [[nodiscard]] size_t bytes(int images) const {
+    constexpr size_t kAlignment = MemoryPlan::kAlignment;
+    return (size_t(images) * image_bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+};
+
+std::vector<Activations::Buffer> Activations::buffers(const DeviceModel& model) {
+  const nn::VitConfig& config = model.config;
+  const size_t n = size_t(config.tokens()), c = size_t(config.embed_dim), compute = cuda::size_of(model.types.compute),
+               residual = n * c * cuda::size_of(model.types.residual);
+  const size_t patch_values = size_t(config.patches() * 3 * config.patch_size * config.patch_size);
+  std::vector<Buffer> all = {
+      {&stream[0], residual},
+      {&stream[1], residual},
+      {&rows, n * c * compute},
+      {&wide, std::max(n * std::max(3 * c, size_t(config.mlp_dim)), patch_values) * compute},
+      {&class_rows, size_t(config.num_heads) * n * 4},
+      {&pooled, c * 4},
+      {&features, c * 4},
+      {&logits, size_t(config.num_classes) * 4},
+  };
+  for (DeviceSpan* span : {&sizes[0], &sizes[1], &keep, &src, &dst, &cosine}) all.push_back({span, n * 4});
+  return all;
 }
 
-size_t Activations::bytes_for(const DeviceModel& model, int batch) {
-  return size_t(batch) * ImageBytes(model).total();
+Activations::Activations(const DeviceModel& model, int images) : batch(images), arena_(bytes_for(model, images)) {
+  char* at = arena_.get<char>();
+  for (const Buffer& buffer : buffers(model)) {
+    *buffer.span = DeviceSpan(at);
+    at += buffer.bytes(images);
+  }
+}
+
+size_t Activations::bytes_for(const DeviceModel& model, int images) {
+  size_t sum = 0;
+  for (const Buffer& buffer : Activations().buffers(model)) sum += buffer.bytes(images);
+  return sum;
 }
 
 /// Where a pass stands: which of each pair of buffers holds the tokens, how many there are.
@@ -82,13 +88,12 @@ struct Forward::State {
 };
 
 Forward::Forward(const nn::Vit& model, const DeviceModel& device_model, const nn::Preprocess& preprocess,
-                 bool exact_gelu, std::shared_ptr<cuda::GemmCache> cache, int priority)
+                 bool exact_gelu, std::shared_ptr<cuda::GemmCache> cache)
     : model_(device_model),
       preprocess_(preprocess),
       exact_gelu_(exact_gelu || device_model.types.compute == DType::fp32),
       runner_(std::move(cache)) {
-  for (cudaStream_t* stream : {&main_, &side_})
-    PYRA_CUDA(cudaStreamCreateWithPriority(stream, cudaStreamNonBlocking, priority));
+  for (cudaStream_t* stream : {&main_, &side_}) PYRA_CUDA(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking));
   PYRA_CUDA(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming));
   PYRA_CUDA(cudaEventCreateWithFlags(&join_, cudaEventDisableTiming));
   for (size_t i = 0; i < model_.blocks.size(); ++i) {

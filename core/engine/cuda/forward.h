@@ -12,9 +12,9 @@
 
 namespace pyra::engine {
 
-/// Room for the activations of up to `batch` images, planned once: nothing is allocated while a forward pass runs.
-/// Of what a block makes, two things share a place where one is dead before the other is written: q, k, v and the MLP's
-/// hidden rows; the norm's output and attention's.
+/// Room for the activations of up to `batch` images, one piece of memory planned once: nothing is allocated while a
+/// forward pass runs. Of what a block makes, two things share a place where one is dead before the other is written: q,
+/// k, v and the MLP's hidden rows; the norm's output and attention's.
 struct Activations {
   Activations() = default;
   Activations(const DeviceModel& model, int batch);
@@ -22,12 +22,17 @@ struct Activations {
   [[nodiscard]] static size_t bytes_for(const DeviceModel& model, int batch);
 
   int batch = 0;
-  std::array<DeviceMemory, 2> stream;  ///< [B,N,C] residual type; a merge reads one and writes the other
-  DeviceMemory rows;                   ///< [B,N,C] compute type: a norm's output, attention's output
-  DeviceMemory wide;                   ///< [B,N,max(3C, mlp)] compute type: q, k, v, hidden rows, image patches
-  std::array<DeviceMemory, 2> sizes;   ///< [B,N] fp32
-  DeviceMemory keep, src, dst, cosine, class_rows;
-  DeviceMemory pooled, features, logits;  ///< [B,C], [B,C], [B,classes] fp32
+  std::array<DeviceSpan, 2> stream;  ///< [B,N,C] residual type; a merge reads one and writes the other
+  DeviceSpan rows;                   ///< [B,N,C] compute type: a norm's output, attention's output
+  DeviceSpan wide;                   ///< [B,N,max(3C, mlp)] compute type: q, k, v, hidden rows, image patches
+  std::array<DeviceSpan, 2> sizes;   ///< [B,N] fp32
+  DeviceSpan keep, src, dst, cosine, class_rows;
+  DeviceSpan pooled, features, logits;  ///< [B,C], [B,C], [B,classes] fp32
+
+ private:
+  struct Buffer;
+  [[nodiscard]] std::vector<Buffer> buffers(const DeviceModel& model);
+  DeviceMemory arena_;
 };
 
 /// Where the images of a batch lie.
@@ -39,9 +44,8 @@ struct DeviceImages {
 /// Owns the streams, the workspace of the matrix products and the events that join the streams.
 class Forward {
  public:
-  /// `priority`: of its streams, as CUDA counts it.
   Forward(const nn::Vit& model, const DeviceModel& device_model, const nn::Preprocess& preprocess, bool exact_gelu,
-          std::shared_ptr<kernels::cuda::GemmCache> cache, int priority);
+          std::shared_ptr<kernels::cuda::GemmCache> cache);
   ~Forward();
   Forward(const Forward&) = delete;
   Forward& operator=(const Forward&) = delete;

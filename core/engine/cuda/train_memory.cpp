@@ -46,7 +46,7 @@ class TrainMemory::Planner {
 
   [[nodiscard]] size_t bytes() const { return plan_.bytes(); }
   void hand_out(char* memory) const {
-    for (size_t i = 0; i < spans_.size(); ++i) spans_[i]->at_ = memory + plan_.offset(i);
+    for (size_t i = 0; i < spans_.size(); ++i) *spans_[i] = DeviceSpan(memory + plan_.offset(i));
   }
 
  private:

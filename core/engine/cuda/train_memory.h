@@ -9,19 +9,6 @@
 
 namespace pyra::engine {
 
-/// A buffer's place in the step's memory.
-class DeviceSpan {
- public:
-  template <class T = void>
-  [[nodiscard]] T* get() const {
-    return reinterpret_cast<T*>(at_);
-  }
-
- private:
-  friend struct TrainMemory;
-  char* at_ = nullptr;
-};
-
 /// Rows are those of a block's tokens, of all images: before its merge, or (rows2) after it. All but what is said to be
 /// fp32 is of the compute type.
 struct BlockMemory {
