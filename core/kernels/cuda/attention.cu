@@ -161,13 +161,6 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kMinBlocks) attend(co
   }
 }
 
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  PYRA_CUDA(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
-
 template <class Tile>
 size_t shared_bytes(const AttentionCall& call, int heads, int rows) {
   const size_t floats = size_t(round_up(call.tokens, 16)) * (call.class_rows == nullptr ? 1 : 1 + heads);
@@ -223,22 +216,6 @@ Plan plan_for(const AttentionCall& call, size_t limit, int processors) {
   return plan;
 }
 
-/// Once for a kernel and a device: leave to use all shared memory that a block may have.
-template <class Tile>
-void allow_shared_memory() {
-  static std::atomic<uint64_t> allowed{0};
-  int device = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if (device < 64 && (allowed.load(std::memory_order_relaxed) & bit) != 0) return;
-  const auto kernel = reinterpret_cast<const void*>(&attend<Tile>);
-  PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
-  PYRA_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  allowed.fetch_or(bit, std::memory_order_relaxed);
-}
-
 template <class Tile>
 void launch(const AttentionCall& call, const Plan& plan, cudaStream_t stream) {
   const int64_t blocks = int64_t(call.batch) * (call.heads / plan.heads) * plan.splits;
@@ -246,7 +223,7 @@ void launch(const AttentionCall& call, const Plan& plan, cudaStream_t stream) {
     fail(ExitCode::usage, "attention: ", call.batch, " images of ", call.heads,
          " heads are more than one launch takes");
   }
-  allow_shared_memory<Tile>();
+  allow_shared_memory<&attend<Tile>>(true);
   const auto scale = float(1.4426950408889634 / std::sqrt(double(call.head_dim)));
   const Job job{call, plan, round_up(call.tokens, 16), call.heads * call.head_dim, scale};
   launch_dependent<&attend<Tile>>({dim3(unsigned(blocks)), plan.warps * kWarp, plan.shared}, stream, job);

@@ -174,22 +174,6 @@ Plan plan_for(const AttentionBackwardCall& call, size_t limit) {
   return plan;
 }
 
-/// Once for a kernel and a device: leave to use all shared memory that a block may have.
-template <class Tile>
-void allow_shared_memory() {
-  static std::atomic<uint64_t> allowed{0};
-  int device = 0, most = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if (device < 64 && (allowed.load(std::memory_order_relaxed) & bit) != 0) return;
-  const auto kernel = reinterpret_cast<const void*>(&attend_backward<Tile>);
-  PYRA_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-  PYRA_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  allowed.fetch_or(bit, std::memory_order_relaxed);
-}
-
 template <class Tile>
 void run_pass(const AttentionBackwardCall& call, cudaStream_t stream) {
   const size_t limit = shared_memory_limit();
@@ -203,7 +187,7 @@ void run_pass(const AttentionBackwardCall& call, cudaStream_t stream) {
     fail(ExitCode::usage, "attention_backward: ", call.batch, " images of ", call.heads,
          " heads are more than one launch takes");
   }
-  allow_shared_memory<Tile>();
+  allow_shared_memory<&attend_backward<Tile>>(true);
   const double factor = 1.0 / std::sqrt(double(call.head_dim));
   const Job job{
       call,         plan, round_up(call.tokens, 16), call.heads * call.head_dim, float(1.4426950408889634 * factor),

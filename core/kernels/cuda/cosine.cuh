@@ -174,9 +174,6 @@ __device__ __forceinline__ uint64_t better_partner(uint64_t best, const uint64_t
 /// Launches a kernel of kSearchThreads that calls await_earlier().
 template <auto kKernel, class... Arguments>
 void launch_search(dim3 grid, int cluster, size_t shared, cudaStream_t stream, const Arguments&... arguments) {
-  if (shared > (48u << 10)) {
-    PYRA_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  }
   launch_dependent<kKernel>({grid, kSearchThreads, shared, cluster}, stream, arguments...);
 }
 

@@ -43,13 +43,14 @@ bool has_sm90_code() {
 struct LaunchShape {
   dim3 grid;
   int threads = 0;
-  size_t shared = 0;  ///< bytes, dynamic; above 48 KB the kernel must have been allowed them
+  size_t shared = 0;  ///< bytes, dynamic
   int cluster = 1;    ///< blocks, along x
 };
 
 /// Launches a kernel that calls await_earlier(), beside the end of its predecessor in the stream where the device can.
 template <auto kKernel, class... Arguments>
 void launch_dependent(const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {
+  if (shape.shared > kSharedAlways) allow_shared_memory<kKernel>();
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;

@@ -88,6 +88,29 @@ int asked_once(std::atomic<int> (&known)[64], const F& ask) {
   return answer;
 }
 
+constexpr size_t kSharedAlways = 48 << 10;  ///< bytes of dynamic shared memory that need no leave
+
+/// Once for a kernel and a device: leave to use all the shared memory that a block may have. `prefer`: an SM gives it
+/// as much as it can, at L1's cost.
+template <auto kKernel>
+void allow_shared_memory(bool prefer = false) {
+  static std::atomic<int> known[64];
+  const auto allow = [prefer](int device) {
+    const auto kernel = reinterpret_cast<const void*>(kKernel);
+    int most = 0;
+    PYRA_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    if (prefer)
+      PYRA_CUDA(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    return 1;
+  };
+  int device = 0;
+  if (asked_once(known, allow) != 0) return;
+  PYRA_CUDA(cudaGetDevice(&device));
+  allow(device);
+}
+
 [[nodiscard]] inline int multiprocessors() {
   int device = 0, count = 0;
   PYRA_CUDA(cudaGetDevice(&device));

@@ -230,8 +230,6 @@ void launch(const MergeCall& call, int slices, bool together, cudaStream_t strea
   if (bytes > limit)
     fail(ExitCode::device, "merge: a plan of ", call.merged, " pairs of ", call.channels, " channels needs ", bytes,
          " bytes of shared memory; this device has ", limit);
-  if (bytes > (48u << 10))
-    PYRA_CUDA(cudaFuncSetAttribute(merge_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
   launch_dependent<&merge_kernel<S>>(
       {dim3(unsigned(blocks), unsigned(call.batch)), S::kThreads, bytes, together ? S::kSharers : 1}, stream, call,
       slice, together);

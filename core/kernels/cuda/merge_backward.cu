@@ -363,8 +363,7 @@ void launch(const MergeBackwardCall& call, cudaStream_t stream) {
   if (bytes > shared_memory_limit())
     fail(ExitCode::usage, "merge_backward: a plan of ", call.merged, " pairs needs ", bytes,
          " bytes of shared memory; this GPU has ", shared_memory_limit());
-  if (bytes > (48 << 10))
-    PYRA_CUDA(cudaFuncSetAttribute(backward_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  if (bytes > kSharedAlways) allow_shared_memory<&backward_kernel<S>>();
   backward_kernel<S><<<call.batch, S::kThreads, bytes, stream>>>(call);
 }
 
