@@ -97,7 +97,9 @@ def main():
     found = 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(check, i, *key, files) for i, (key, files) in enumerate(units().items())
-                if not sys.argv[1:] or any(key[0] == ROOT / room for room in sys.argv[1:])]
+                if not sys.argv[1:] or any(key[0].is_relative_to(ROOT / room) for room in sys.argv[1:])]
+        if not jobs:
+            sys.exit(f"lint: nothing that is built lies under {' '.join(sys.argv[1:]) or ROOT}")
         for job in jobs:
             code, text = job.result()
             if code:
