@@ -90,16 +90,19 @@ int asked_once(std::atomic<int> (&known)[64], const F& ask) {
 
 constexpr size_t kSharedAlways = 48 << 10;  ///< bytes of dynamic shared memory that need no leave
 
-/// Once for a kernel and a device: leave to use all the shared memory that a block may have. `prefer`: an SM gives it
-/// as much as it can, at L1's cost.
+/// Once for a kernel and a device: leave to use all the shared memory that a block may have beside what the kernel
+/// declares. `prefer`: an SM gives it as much as it can, at L1's cost.
 template <auto kKernel>
 void allow_shared_memory(bool prefer = false) {
   static std::atomic<int> known[64];
   const auto allow = [prefer](int device) {
     const auto kernel = reinterpret_cast<const void*>(kKernel);
     int most = 0;
+    cudaFuncAttributes attributes{};
     PYRA_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    PYRA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+    PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   most - int(attributes.sharedSizeBytes)));
     if (prefer)
       PYRA_CUDA(
           cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
