@@ -26,8 +26,8 @@ OURS = {
         ("deit_base_distilled_patch16_224", "pyra", "low", "256"),
     ],
     "throughput": [
-        ("vit_base_patch16_224", "pyra", "high", "1,8,32,64,128"),
-        ("vit_base_patch16_224", "pyra", "low", "1,8,32,64,128"),
+        ("vit_base_patch16_224", "pyra", "high", "1,8,32,64,128,256"),
+        ("vit_base_patch16_224", "pyra", "low", "1,8,32,64,128,256"),
         ("vit_large_patch16_224", "pyra", "high", "64"),
     ],
     # LoRA of rank 8: AdamW, drop-path 0.1, LoRA dropout 0.1.

@@ -35,11 +35,11 @@ size_t bytes_of(const at::Tensor& images) {
 
 /// The most images of a pass that goes side by side with another. Two fill the multiprocessors that the last wave of
 /// each other's kernels leaves idle, and the time in which either waits for weights; long ones only take each other's
-/// place in L2. Gained by it on an H200 (2026-11-28; ViT-B; multiply-adds that each multiprocessor has to do): PYRA
-/// high 74 % at one image, 24 % at 16 (7e8), 10 % at 64 (2.6e9), 6 % at 128 (5e9), low 9 % at 64 (4e9), 6 % at 128
-/// (9e9), dense 3 % at 64 (9e9).
+/// place in L2. Measured on an H200 (2026-11-28; ViT-B; multiply-adds that each multiprocessor has to do): PYRA high
+/// gains 74 % at one image, 16 % at 32 (1.3e9), 9 % at 64 (2.6e9), 2 to 6 % at 128 (5e9), 4 % at 256 (1.05e10), dense
+/// 3 % at 64 (9e9); at 1.7e10 low loses 1.5 % (256 images) and dense 0.4 % (128), at 3.4e10 dense 3 % and more.
 int most_images_beside(const nn::Vit& model, int device) {
-  constexpr double kMacsEach = 1e10;
+  constexpr double kMacsEach = 1.2e10;
   int multiprocessors = 0;
   PYRA_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   return int(kMacsEach * multiprocessors / double(nn::count_macs(model.config(), model.tokens_after())));
