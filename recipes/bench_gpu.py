@@ -211,7 +211,8 @@ def main():
     parser = argparse.ArgumentParser(prog="bench_gpu.sh", description="pyractl beside timm on a GPU")
     parser.add_argument("--out", default="bench_gpu", help="writes OUT.json and OUT.md (default bench_gpu)")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
-    parser.add_argument("--mode", default="infer", choices=["infer", "train"])
+    parser.add_argument("--mode", default="infer", choices=["infer", "train"],
+                        help="infer: batches one after another, and in flight; train: steps with LoRA")  # fmt: skip
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="ViT-B only")
     parser.add_argument("--no-peers", action="store_true", help="our rows alone")

@@ -52,7 +52,8 @@ class Engine {
   [[nodiscard]] virtual at::Tensor run(const at::Tensor& images) = 0;
 
   /// run() in two halves, so that copying, computing and what the caller does in between overlap: at most in_flight()
-  /// batches are submitted and not yet collected, and collect() gives their logits in the order of submission.
+  /// batches are submitted and not yet collected, and collect() gives their logits in the order of submission. One that
+  /// throws loses all that is in flight; the engine may be used again, unless a device failed.
   virtual void submit(const at::Tensor& images) = 0;
   [[nodiscard]] virtual at::Tensor collect() = 0;
   [[nodiscard]] virtual int64_t in_flight() const = 0;

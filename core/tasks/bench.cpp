@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <time.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <map>
@@ -120,7 +121,7 @@ void check(const BenchSettings& settings) {
   if (settings.merge.empty() != settings.schedule.empty())
     fail(ExitCode::usage, "bench: --merge and --schedule go together: --merge tome --schedule high");
   for (const std::string& mode : settings.modes)
-    if (mode != "infer" && mode != "throughput" && mode != "train" && mode != "e2e")
+    if (std::ranges::find(kBenchModes, mode) == kBenchModes.end())
       fail(ExitCode::usage, "bench: mode '", mode, "', expected infer, throughput, train or e2e");
   const bool end_to_end = std::find(settings.modes.begin(), settings.modes.end(), "e2e") != settings.modes.end();
   if (end_to_end == settings.data.empty())
@@ -161,7 +162,7 @@ BenchReport run_bench(const BenchSettings& asked, const host::PluginRegistry& pl
   const PeakMemory memory;
   const bool on_gpu = settings.device != "cpu";
   report.peak_memory =
-      on_gpu ? "device memory that the engine plans for the row: weights, activations and a batch" : memory.meaning();
+      on_gpu ? "device memory that the engine plans for the row: weights and activations" : memory.meaning();
 
   std::vector<BenchSubject> subjects = make_subjects(settings, plugins);
   const double longest = warm_up_all(subjects, settings, memory, progress);

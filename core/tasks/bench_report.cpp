@@ -228,7 +228,7 @@ void add_repetition(std::vector<BenchRow>& rows, std::map<std::string, size_t>& 
 
 std::string dense_name(const std::string& row_name) {
   std::vector<std::string> parts = split(row_name, '/');
-  if (parts.size() != 6 || (parts[0] != "infer" && parts[0] != "train" && parts[0] != "e2e")) return "";
+  if (parts.size() != 6 || std::ranges::find(kBenchModes, parts[0]) == kBenchModes.end()) return "";
   const size_t plus = parts[2].find('+');
   parts[2] = "dense" + (plus == std::string::npos ? "" : parts[2].substr(plus));
   return join(parts, "/");

@@ -1,10 +1,12 @@
 // A benchmark's result as data: settings, machine, one row a measured configuration with all its repetitions.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <filesystem>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "engine/engine.h"
@@ -12,13 +14,17 @@
 namespace pyra::tasks {
 
 /// What to measure and how long. Kept in the result, so that a comparison can measure the same again.
+/// What is measured: one batch after another; batches in flight, as eval has them; training steps; from encoded files
+/// to labels.
+inline constexpr std::array<std::string_view, 4> kBenchModes{"infer", "throughput", "train", "e2e"};
+
 struct BenchSettings {
   std::string model;  ///< a model file, or "" for `arch`
   std::string arch;   ///< timm's name, random weights
   std::string merge;  ///< merge plugin beside the dense model; "": the one the file carries, if any
   std::string schedule;
   std::string peft = "lora";                ///< of training rows; inference is measured as deployed, without
-  std::vector<std::string> modes{"infer"};  ///< "infer", "throughput", "train", "e2e"
+  std::vector<std::string> modes{"infer"};  ///< of kBenchModes
   std::string data, split = "test";         ///< e2e: the files
   std::vector<int64_t> batches{32};
   std::string device = "auto", dtype = "auto";

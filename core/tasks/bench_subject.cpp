@@ -99,6 +99,16 @@ struct InferenceScene {
   std::unique_ptr<engine::Engine> engine;
 };
 
+using Scenes = std::vector<std::shared_ptr<InferenceScene>>;
+
+Scenes inference_scenes(const BenchSettings& settings, const io::Recipe& asked, const host::PluginRegistry& plugins) {
+  Scenes scenes;
+  for (const auto& model : make_models(settings, asked, plugins))
+    scenes.push_back(std::make_shared<InferenceScene>(InferenceScene{
+        model, make_engine(*model, settings.device, resolve_precision(settings.dtype, settings.device))}));
+  return scenes;
+}
+
 // "infer": one batch after another; "throughput": as many in flight as the engine takes.
 BenchSubject infer_subject(const std::shared_ptr<InferenceScene>& scene, const std::string& mode,
                            const BenchSettings& settings, int64_t batch) {
@@ -187,26 +197,24 @@ std::string row_name(const RowName& parts) {
 std::vector<BenchSubject> make_subjects(const BenchSettings& settings, const host::PluginRegistry& plugins) {
   const io::Recipe asked = asked_for(settings);
   std::vector<BenchSubject> subjects;
+  Scenes inference;  // of both modes that run a model alone
   for (const std::string& mode : settings.modes) {
-    // Training has models of its own: it changes them.
-    const auto models = make_models(settings, asked, plugins);
-    const bool training = mode == "train", end_to_end = mode == "e2e";
-    const auto dataset = end_to_end ? std::make_shared<data::Dataset>(data::Dataset::open(settings.data)) : nullptr;
+    if (mode == "infer" || mode == "throughput") {
+      if (inference.empty()) inference = inference_scenes(settings, asked, plugins);
+      for (const int64_t batch : settings.batches)
+        for (const auto& scene : inference) subjects.push_back(infer_subject(scene, mode, settings, batch));
+      continue;
+    }
+    const auto models = make_models(settings, asked, plugins);  // training has its own: it changes them
+    const bool training = mode == "train";
     if (training)
       for (const auto& model : models) attach_asked_peft(*model, settings, asked, plugins);
-    std::vector<std::shared_ptr<InferenceScene>> scenes;
-    for (const auto& model : models) {
-      scenes.push_back(std::make_shared<InferenceScene>(InferenceScene{model, nullptr}));
-      if (!training && !end_to_end)
-        scenes.back()->engine =
-            make_engine(*model, settings.device, resolve_precision(settings.dtype, settings.device));
-    }
+    const auto dataset = training ? nullptr : std::make_shared<data::Dataset>(data::Dataset::open(settings.data));
     for (const int64_t batch : settings.batches)
-      for (const auto& scene : scenes)
-        subjects.push_back(training     ? train_subject(scene->model, settings, batch)
-                           : end_to_end ? end_to_end_subject(scene->model, dataset, settings,
-                                                             describe(*scene->model, mode, settings, batch))
-                                        : infer_subject(scene, mode, settings, batch));
+      for (const auto& model : models)
+        subjects.push_back(training
+                               ? train_subject(model, settings, batch)
+                               : end_to_end_subject(model, dataset, settings, describe(*model, mode, settings, batch)));
   }
   return subjects;
 }

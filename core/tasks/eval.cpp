@@ -92,7 +92,7 @@ class Score {
   double loss_ = 0;
 };
 
-/// Decodes a batch while the one before is on its way through the engine.
+/// Decodes a batch while those before are on their way through the engine.
 class Pipeline {
  public:
   Pipeline(engine::Engine& engine, Score& score, PredictionsFile& predictions)

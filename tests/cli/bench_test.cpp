@@ -77,9 +77,16 @@ TEST_CASE("bench prints Google Benchmark's JSON with a dense row beside the merg
 
 TEST_CASE("throughput rows stand beside those of one batch after another", "[bench]") {
   const Workshop shop;
-  const json document = json_of(shop, kSmall + "--mode infer,throughput --batch 2 --repetitions 3 --min-time 0.001 ");
+  const std::string line = kSmall + "--mode infer,throughput --merge tome --schedule 2 --batch 2 --repetitions 3 ";
+  const json document = json_of(shop, line + "--min-time 0.001 ");
   CHECK(names(document) == std::set<std::string>{"infer/vit_ti_patch16_64/dense/cpu/fp32/b2",
-                                                 "throughput/vit_ti_patch16_64/dense/cpu/fp32/b2"});
+                                                 "infer/vit_ti_patch16_64/tome-2/cpu/fp32/b2",
+                                                 "throughput/vit_ti_patch16_64/dense/cpu/fp32/b2",
+                                                 "throughput/vit_ti_patch16_64/tome-2/cpu/fp32/b2"});
+  write_bytes(shop / "base.json", quiet(document).dump());
+  const RunResult same = in(shop, "bench --compare base.json base.json --ratio-only --quiet ");
+  CHECK(same.exit_code == 0);
+  CHECK_THAT(same.out, Catch::Contains("throughput/vit_ti_patch16_64/tome-2/cpu/fp32/b2"));
 }
 
 TEST_CASE("training rows count what trains and name the method where it is not lora", "[bench]") {

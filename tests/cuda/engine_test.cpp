@@ -56,6 +56,15 @@ class Foreign final : public sdk::TokenMerger {
   mutable bool fails = false;
 };
 
+/// $PYRA_CUDA_BESIDE for the engines that are made while it lives.
+class Company {
+ public:
+  explicit Company(const char* images) { setenv("PYRA_CUDA_BESIDE", images, 1); }
+  ~Company() { unsetenv("PYRA_CUDA_BESIDE"); }
+  Company(const Company&) = delete;
+  Company& operator=(const Company&) = delete;
+};
+
 }  // namespace
 
 TEST_CASE("on the GPU dense models give the fixtures' logits", "[cuda][gpu]") {
@@ -150,37 +159,72 @@ TEST_CASE("on the GPU an image's logits are its own, bit for bit, from run to ru
         (precision == Precision::fp32 ? 1e-4 : 5e-2));
 }
 
-TEST_CASE("batches in flight come back in order, whatever their size", "[cuda][gpu]") {
+TEST_CASE("batches in flight come back in order, whatever their size and company", "[cuda][gpu]") {
   PYRA_NEEDS_GPU();
+  // Up to how many images a pass has company: as the engine sees it (all of these), none, those of 4 and 1.
+  const Company most(GENERATE("", "0", "5"));
   const nn::VitConfig config = small_config();
   nn::Vit vit(config, nn::random_weights(config, 1));
   attach(vit, "tome", removing({9, 4, 6}));
   const auto gpu = on_gpu(vit);
   std::vector<at::Tensor> batches, expected;
-  for (const int64_t count : {4, 9, 4, 1, 9, 30}) batches.push_back(bytes(config, count, uint64_t(count) + 10));
+  for (const int64_t count : {4, 9, 4, 1, 4, 9, 30, 1}) batches.push_back(bytes(config, count, uint64_t(count) + 10));
   for (const at::Tensor& batch : batches) expected.push_back(on_gpu(vit)->run(batch));
   std::vector<at::Tensor> found;
-  double seconds = 0;
-  const auto collect = [&] {
-    found.push_back(gpu->collect());
-    CHECK(gpu->last_seconds() >= 0);
-    seconds += gpu->last_seconds();
-  };
-  const auto start = std::chrono::steady_clock::now();
   for (size_t i = 0; i < batches.size(); ++i) {
-    if (int64_t(i - found.size()) == gpu->in_flight()) collect();
+    if (int64_t(i - found.size()) == gpu->in_flight()) found.push_back(gpu->collect());
     gpu->submit(batches[i]);
   }
-  while (found.size() < batches.size()) collect();
-  // What batches side by side share is counted once.
-  CHECK(seconds > 0);
-  CHECK(seconds <= seconds_since(start));
+  while (found.size() < batches.size()) found.push_back(gpu->collect());
   for (size_t i = 0; i < batches.size(); ++i) {
     CAPTURE(i);
     CHECK(at::equal(found[i], expected[i]));
   }
   CHECK_THROWS_AS(gpu->collect(), Error);
-  CHECK(gpu->device_bytes(9, 3) > gpu->device_bytes(9, 1));  // two side by side
+}
+
+TEST_CASE("time that passes side by side share is counted once", "[cuda][gpu]") {
+  PYRA_NEEDS_GPU();
+  const std::string limit = GENERATE("", "0", "40");
+  const Company most(limit.c_str());
+  const nn::VitConfig config = small_config();
+  const auto gpu = on_gpu(nn::Vit(config, nn::random_weights(config, 1)));
+  const at::Tensor large = bytes(config, 64), small = bytes(config, 32);
+  for (const at::Tensor& images : {large, small}) (void)gpu->time_ms(images, 1, gpu->in_flight());  // captures
+  double seconds = 0;
+  const auto collect = [&] {
+    (void)gpu->collect();
+    CHECK(gpu->last_seconds() >= 0);
+    seconds += gpu->last_seconds();
+  };
+  const auto start = std::chrono::steady_clock::now();
+  int64_t in_flight = 0;
+  for (int i = 0; i < 60; ++i, ++in_flight) {
+    if (in_flight == gpu->in_flight()) collect(), --in_flight;
+    gpu->submit(i % 5 == 0 ? large : small);
+  }
+  for (; in_flight > 0; --in_flight) collect();
+  CHECK(seconds > 0);
+  CHECK(seconds <= seconds_since(start));
+  // The second lane is counted where there is one.
+  CHECK((gpu->device_bytes(32, 3) > gpu->device_bytes(32, 1)) == (limit != "0"));
+  CHECK((gpu->device_bytes(64, 3) > gpu->device_bytes(64, 1)) == limit.empty());
+}
+
+TEST_CASE("a plan that fails ends what is in flight, and the engine goes on", "[cuda][gpu]") {
+  PYRA_NEEDS_GPU();
+  const nn::VitConfig config = small_config();
+  nn::Vit vit(config, nn::random_weights(config, 1));
+  const auto merger = std::make_shared<Foreign>();
+  attach(vit, merger, "foreign", removing({9, 0, 6}));
+  const auto gpu = on_gpu(vit);
+  const at::Tensor images = bytes(config, 4), expected = gpu->run(images);
+  merger->fails = true;
+  for (int i = 0; i < 3; ++i) gpu->submit(images);
+  CHECK_THROWS_WITH(gpu->collect(), Catch::Contains("out of ideas"));
+  CHECK_THROWS_WITH(gpu->collect(), Catch::Contains("without a batch submitted"));
+  merger->fails = false;
+  CHECK(at::equal(gpu->run(images), expected));
 }
 
 TEST_CASE("what the GPU does not do is refused in words", "[cuda][gpu]") {

@@ -33,6 +33,23 @@ TEST_CASE("chosen algorithms outlive the process, for the same device and librar
   CHECK(text_of(file) == before);
 }
 
+TEST_CASE("what two processes choose for a shape stays as each chose it, in the file as the first did", "[cuda]") {
+  const pyra::test::TempDir folder;
+  const auto file = folder / "gemm.tsv";
+  const AlgorithmWords other{9, 9, 9, 9, 9, 9, 9, 9};
+  GemmCache first(file, "v"), second(file, "v");
+  first.add("both", kWords);
+  second.add("both", other);
+  second.add("second's", other);
+  first.save();
+  second.save();
+  CHECK(first.find("both") == kWords);
+  CHECK(second.find("both") == other);
+  const GemmCache later(file, "v");
+  CHECK(later.find("both") == kWords);
+  CHECK(later.find("second's") == other);
+}
+
 TEST_CASE("a damaged file of algorithms is ignored, line by line", "[cuda]") {
   const pyra::test::TempDir folder;
   const auto file = folder / "gemm.tsv";

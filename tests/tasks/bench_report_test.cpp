@@ -159,6 +159,9 @@ TEST_CASE("a merged row knows its dense row", "[bench]") {
   CHECK(dense_name("infer/vit/pyra-high/cpu/bf16/b32") == "infer/vit/dense/cpu/bf16/b32");
   CHECK(dense_name("train/vit@160/tome-16,8+bitfit/cpu/fp32/b1") == "train/vit@160/dense+bitfit/cpu/fp32/b1");
   CHECK(dense_name("infer/vit/dense/cpu/bf16/b32") == "infer/vit/dense/cpu/bf16/b32");
+  CHECK(dense_name("throughput/vit/pyra-high/cuda/bf16/b32") == "throughput/vit/dense/cuda/bf16/b32");
+  CHECK(dense_name("e2e/vit/pyra-high/cuda/bf16/b32") == "e2e/vit/dense/cuda/bf16/b32");
+  CHECK(dense_name("else/vit/pyra-high/cuda/bf16/b32").empty());
   CHECK(dense_name("BM_memcpy/8").empty());
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -36,14 +37,46 @@ size_t bytes_of(const at::Tensor& images) {
 /// The most images of a pass that goes side by side with another. Two fill the multiprocessors that the last wave of
 /// each other's kernels leaves idle, and the time in which either waits for weights; long ones only take each other's
 /// place in L2. Measured on an H200 (2026-11-28; ViT-B; multiply-adds that each multiprocessor has to do): PYRA high
-/// gains 74 % at one image, 16 % at 32 (1.3e9), 9 % at 64 (2.6e9), 2 to 6 % at 128 (5e9), 4 % at 256 (1.05e10), dense
-/// 3 % at 64 (9e9); at 1.7e10 low loses 1.5 % (256 images) and dense 0.4 % (128), at 3.4e10 dense 3 % and more.
-int most_images_beside(const nn::Vit& model, int device) {
+/// gains 74 % at one image, 16 % at 32 (1.2e9), 9 % at 64 (2.5e9), 2 to 6 % at 128 (4.9e9), 4 % at 256 (9.8e9), dense
+/// 3 % at 64 (8.5e9); at 1.7e10 low loses 1.5 % (256 images) and dense 0.4 % (128), at 3.4e10 dense 3 % and more.
+/// None where a plan is made on the host, which takes memory for each lane there as well. $PYRA_CUDA_BESIDE overrules.
+int most_images_beside(const nn::Vit& model, const DeviceModel& device_model, int device) {
   constexpr double kMacsEach = 1.2e10;
+  if (const char* given = std::getenv("PYRA_CUDA_BESIDE"); given && *given) return std::atoi(given);
+  const auto by_host = [](const DeviceBlock& block) {
+    return block.merge && block.merge->kind == DeviceMerge::Kind::by_host;
+  };
+  if (std::ranges::any_of(device_model.blocks, by_host)) return 0;
   int multiprocessors = 0;
   PYRA_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   return int(kMacsEach * multiprocessors / double(nn::count_macs(model.config(), model.tokens_after())));
 }
+
+/// Bytes that are left when a second lane is taken: for images on their way, cuBLASLt's kernels, other programs.
+constexpr size_t kCompanyLeaves = size_t{512} << 20;
+
+class Marks {
+ public:
+  explicit Marks(size_t count) : events_(count) {
+    for (cudaEvent_t& event : events_) PYRA_CUDA(cudaEventCreate(&event));
+  }
+  ~Marks() {
+    for (cudaEvent_t event : events_)
+      if (event) (void)cudaEventDestroy(event);
+  }
+  Marks(const Marks&) = delete;
+  Marks& operator=(const Marks&) = delete;
+  [[nodiscard]] size_t size() const { return events_.size(); }
+  void record(size_t i, cudaStream_t stream) { PYRA_CUDA(cudaEventRecord(events_[i], stream)); }
+  [[nodiscard]] double ms(size_t from, size_t to) const {
+    float ms = 0;
+    PYRA_CUDA(cudaEventElapsedTime(&ms, events_[from], events_[to]));
+    return double(ms);
+  }
+
+ private:
+  std::vector<cudaEvent_t> events_;
+};
 
 }  // namespace
 
@@ -51,11 +84,11 @@ CudaEngine::CudaEngine(const nn::Vit& model, const nn::Preprocess& preprocess, c
     : device_(set_device(device)),
       device_model_(model, types_of(options.precision)),
       cache_(gemm_cache(device, options.deterministic)),
-      most_beside_(most_images_beside(model, device)) {
+      most_beside_(most_images_beside(model, device_model_, device)) {
   for (auto& lane : lanes_) lane = std::make_unique<Lane>(model, device_model_, preprocess, options.exact_gelu, cache_);
   PYRA_CUDA(cudaStreamCreateWithFlags(&copy_, cudaStreamNonBlocking));
   for (Slot& slot : slots_)
-    for (cudaEvent_t* event : {&slot.copied, &slot.read, &slot.returned})
+    for (cudaEvent_t* event : {&slot.copied, &slot.returned})
       PYRA_CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
   for (Pass& pass : passes_)
     for (cudaEvent_t* event : {&pass.begun, &pass.done}) PYRA_CUDA(cudaEventCreate(event));
@@ -65,7 +98,7 @@ CudaEngine::~CudaEngine() {
   (void)cudaSetDevice(device_);
   (void)cudaDeviceSynchronize();
   for (const Slot& slot : slots_)
-    for (cudaEvent_t event : {slot.copied, slot.read, slot.returned})
+    for (cudaEvent_t event : {slot.copied, slot.returned})
       if (event) (void)cudaEventDestroy(event);
   for (const Pass& pass : passes_)
     for (cudaEvent_t event : {pass.begun, pass.done})
@@ -95,26 +128,29 @@ size_t CudaEngine::lanes_taken(int64_t batch, int64_t in_flight) const {
   return in_flight > 1 && batch <= most_beside_ ? lanes_.size() : 1;
 }
 
-/// Memory for such a batch; false where the device has too little. A larger one than before throws away what points
-/// into the old.
-bool CudaEngine::plan(Lane& lane, int batch) {
-  if (lane.room() >= batch) return true;
-  lane.clear();
-  size_t free_bytes = 0, total = 0;
-  PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
-  if (Activations::bytes_for(device_model_, batch) > free_bytes) return false;
-  lane.plan(batch);
-  return true;
+/// Whether a batch that comes now goes side by side with the last one.
+bool CudaEngine::has_company(int batch) {
+  return collected_ < submitted_ && std::max(batch, slot(submitted_ - 1).batch) <= most_beside_;
 }
 
-/// The lane of a batch that comes now, with memory for it: the one that the batch before it does not take, unless that
-/// one is done with or there is no memory for two.
-size_t CudaEngine::choose_lane(int batch) {
-  if (batch <= most_beside_ && collected_ < submitted_) {
+/// Whether the device has memory for such a batch once the lane gives back its own, and `leaves` bytes beside.
+bool CudaEngine::fits(const Lane& lane, int batch, size_t leaves) const {
+  if (lane.room() >= batch) return true;
+  size_t free_bytes = 0, total = 0;
+  PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
+  return Activations::bytes_for(device_model_, batch) + leaves <= free_bytes + lane.bytes();
+}
+
+/// The other lane for company, if there is memory for it; else the first, for which the other gives up its own.
+size_t CudaEngine::choose_lane(int batch, bool beside) {
+  if (beside) {
     const size_t other = 1 - slot(submitted_ - 1).lane;
-    if (plan(*lanes_[other], batch)) return other;
+    if (fits(*lanes_[other], batch, kCompanyLeaves)) return other;
   }
-  if (plan(*lanes_[0], batch)) return 0;
+  Lane& lane = *lanes_[0];
+  if (!fits(lane, batch, 0)) lanes_[1]->clear();
+  if (fits(lane, batch, 0)) return 0;
+  lane.clear();
   size_t free_bytes = 0, total = 0;
   PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
   const size_t each = Activations::bytes_for(device_model_, 1);
@@ -123,7 +159,8 @@ size_t CudaEngine::choose_lane(int batch) {
        std::max<size_t>(1, free_bytes * 9 / 10 / each), " would fit");
 }
 
-void CudaEngine::capture(Lane& lane, int batch) {
+void CudaEngine::prepare(Lane& lane, int batch) {
+  lane.make_room(batch);
   if (lane.captured(batch)) return;
   wait_for_lanes();
   lane.capture(batch);
@@ -133,21 +170,18 @@ void CudaEngine::wait_for_lanes() {
   for (const auto& lane : lanes_) PYRA_CUDA(cudaStreamSynchronize(lane->stream()));
 }
 
-/// Copies into the slot's pinned memory and sends it on its way, once its last batch was read.
+/// Copies into the slot's pinned memory and sends it on its way.
 void CudaEngine::stage(Slot& slot, const at::Tensor& images) {
   const size_t bytes = bytes_of(images);
+  PYRA_CUDA(cudaEventSynchronize(slot.copied));  // of a batch that was abandoned
   if (slot.device_images.bytes() < bytes) {
-    PYRA_CUDA(cudaStreamSynchronize(copy_));
-    wait_for_lanes();
     slot.host_images = PinnedMemory(bytes);
     slot.device_images = DeviceMemory(bytes);
   }
   const size_t logits = size_t(images.size(0)) * size_t(device_model_.config.num_classes) * sizeof(float);
   if (slot.host_logits.bytes() < logits) slot.host_logits = PinnedMemory(logits);
   const at::Tensor dense = images.contiguous();
-  PYRA_CUDA(cudaEventSynchronize(slot.copied));
   parallel_copy(slot.host_images.get(), dense.const_data_ptr(), bytes);
-  PYRA_CUDA(cudaStreamWaitEvent(copy_, slot.read, 0));
   PYRA_CUDA(cudaMemcpyAsync(slot.device_images.get(), slot.host_images.get(), bytes, cudaMemcpyHostToDevice, copy_));
   PYRA_CUDA(cudaEventRecord(slot.copied, copy_));
   slot.batch = int(images.size(0));
@@ -158,28 +192,52 @@ void CudaEngine::read_images(const Slot& slot, const at::Tensor& images) {
                                  slot.batch);
 }
 
-void CudaEngine::submit(const at::Tensor& images) {
-  check(images);
-  if (submitted_ - collected_ == in_flight())
-    fail(ExitCode::internal, "engine: ", in_flight(), " batches are in flight already; collect() one first");
-  PYRA_CUDA(cudaSetDevice(device_));
+/// What of the two passes before may be under way on the other lane is waited for, on the lane.
+void CudaEngine::await_turn(size_t lane, bool beside) {
+  for (int64_t before = beside ? 2 : 1; before <= std::min<int64_t>(2, submitted_); ++before)
+    if (slot(submitted_ - before).lane != lane)
+      PYRA_CUDA(cudaStreamWaitEvent(lanes_[lane]->stream(), pass(submitted_ - before).done, 0));
+}
+
+void CudaEngine::launch(const at::Tensor& images) {
   Slot& slot = this->slot(submitted_);
-  stage(slot, images);
-  slot.lane = choose_lane(slot.batch);
-  Lane& lane = *lanes_[slot.lane];
-  capture(lane, slot.batch);
   const Pass& pass = this->pass(submitted_);
+  stage(slot, images);
+  const bool beside = has_company(slot.batch);
+  slot.lane = choose_lane(slot.batch, beside);
+  Lane& lane = *lanes_[slot.lane];
+  prepare(lane, slot.batch);
   const cudaStream_t stream = lane.stream();
+  await_turn(slot.lane, beside);
   PYRA_CUDA(cudaStreamWaitEvent(stream, slot.copied, 0));
   PYRA_CUDA(cudaEventRecord(pass.begun, stream));
   read_images(slot, images);
-  PYRA_CUDA(cudaEventRecord(slot.read, stream));
   lane.launch(slot.batch);
   PYRA_CUDA(cudaEventRecord(pass.done, stream));
   PYRA_CUDA(cudaMemcpyAsync(slot.host_logits.get(), lane.logits(),
                             size_t(slot.batch) * size_t(device_model_.config.num_classes) * sizeof(float),
                             cudaMemcpyDeviceToHost, stream));
   PYRA_CUDA(cudaEventRecord(slot.returned, stream));
+}
+
+/// What is in flight is waited for and forgotten, and so is what its plans threw.
+void CudaEngine::abandon() noexcept {
+  for (const auto& lane : lanes_) (void)cudaStreamSynchronize(lane->stream());
+  collected_ = submitted_;
+  for (const auto& lane : lanes_) lane->forget_host_plans();
+}
+
+void CudaEngine::submit(const at::Tensor& images) {
+  check(images);
+  if (submitted_ - collected_ == in_flight())
+    fail(ExitCode::internal, "engine: ", in_flight(), " batches are in flight already; collect() one first");
+  PYRA_CUDA(cudaSetDevice(device_));
+  try {
+    launch(images);
+  } catch (...) {
+    abandon();
+    throw;
+  }
   ++submitted_;
 }
 
@@ -199,7 +257,12 @@ at::Tensor CudaEngine::collect() {
   PYRA_CUDA(cudaEventSynchronize(slot.returned));
   last_seconds_ = seconds_of(pass(collected_), pass(collected_ + int64_t(passes_.size()) - 1));
   ++collected_;
-  lanes_[slot.lane]->check_host_plans();
+  try {
+    lanes_[slot.lane]->check_host_plans();
+  } catch (...) {  // one of a later batch, perhaps: none of them is to be taken for good
+    abandon();
+    throw;
+  }
   at::Tensor logits = at::empty({slot.batch, device_model_.config.num_classes}, at::kFloat);
   std::memcpy(logits.data_ptr(), slot.host_logits.get(), bytes_of(logits));
   return logits;
@@ -219,8 +282,7 @@ std::vector<double> CudaEngine::time_ms(const at::Tensor& images, int64_t runs, 
   for (size_t i = 0; i < lanes; ++i) submit(images);
   while (collected_ < submitted_) (void)collect();
   // A pass is timed from the end of the one before it on its lane; the last have company to their end.
-  std::vector<cudaEvent_t> marks(lanes + size_t(runs) + lanes - 1);
-  for (cudaEvent_t& mark : marks) PYRA_CUDA(cudaEventCreate(&mark));
+  Marks marks(lanes + size_t(runs) + lanes - 1);
   for (size_t i = 0; i < marks.size(); ++i) {
     const Slot& slot = this->slot(first + int64_t(i % lanes));
     Lane& lane = *lanes_[slot.lane];
@@ -228,17 +290,12 @@ std::vector<double> CudaEngine::time_ms(const at::Tensor& images, int64_t runs, 
       read_images(slot, images);
       lane.launch(slot.batch);
     }
-    PYRA_CUDA(cudaEventRecord(marks[i], lane.stream()));
+    marks.record(i, lane.stream());
   }
   wait_for_lanes();
-  std::vector<double> times;
-  for (size_t i = lanes; i < lanes + size_t(runs); ++i) {
-    float ms = 0;
-    PYRA_CUDA(cudaEventElapsedTime(&ms, marks[i - lanes], marks[i]));
-    times.push_back(double(ms) / double(lanes));
-  }
-  for (cudaEvent_t mark : marks) (void)cudaEventDestroy(mark);
   for (const auto& lane : lanes_) lane->check_host_plans();
+  std::vector<double> times;
+  for (size_t i = lanes; i < lanes + size_t(runs); ++i) times.push_back(marks.ms(i - lanes, i) / double(lanes));
   return times;
 }
 

@@ -1,9 +1,9 @@
-// The engine on a GPU: memory planned once, one captured graph per batch size, and a pipeline of batches in flight, so
-// that the copy of one, the passes of others and what the caller does meanwhile overlap. Passes too short to fill the
-// GPU go side by side, each along a lane (lane.h) of its own.
+// The engine on a GPU: memory planned once, captured graphs, and a pipeline of batches in flight, so that the copy of
+// one, the passes of others and what the caller does meanwhile overlap. Passes too short to fill the GPU go side by
+// side, each along a lane (lane.h) of its own; a pass begins when the one before the last is done, and one that goes
+// alone when the last is done too.
 #pragma once
 #include <array>
-#include <deque>
 #include <memory>
 
 #include "engine/cuda/lane.h"
@@ -27,11 +27,11 @@ class CudaEngine final : public Engine {
  private:
   /// Two batches computed and one on its way to the device.
   static constexpr size_t kInFlight = 3;
-  /// The way of one batch: pinned memory, its place on the device, its lane, and when each may be used again.
+  /// The way of one batch: pinned memory, its place on the device, its lane. Free again once its logits are collected.
   struct Slot {
     PinnedMemory host_images, host_logits;
     DeviceMemory device_images;
-    cudaEvent_t copied = nullptr, read = nullptr, returned = nullptr;
+    cudaEvent_t copied = nullptr, returned = nullptr;
     int batch = 0;
     size_t lane = 0;
   };
@@ -43,12 +43,16 @@ class CudaEngine final : public Engine {
   void check(const at::Tensor& images) const;
   void check_idle(const char* call) const;  ///< nothing is in flight
   [[nodiscard]] size_t lanes_taken(int64_t batch, int64_t in_flight) const;
-  [[nodiscard]] size_t choose_lane(int batch);
-  [[nodiscard]] bool plan(Lane& lane, int batch);
-  void capture(Lane& lane, int batch);
+  [[nodiscard]] bool has_company(int batch);
+  [[nodiscard]] bool fits(const Lane& lane, int batch, size_t leaves) const;
+  [[nodiscard]] size_t choose_lane(int batch, bool beside);
+  void prepare(Lane& lane, int batch);
   void stage(Slot& slot, const at::Tensor& images);
+  void launch(const at::Tensor& images);
+  void await_turn(size_t lane, bool beside);
   void read_images(const Slot& slot, const at::Tensor& images);
   void wait_for_lanes();
+  void abandon() noexcept;
   [[nodiscard]] double seconds_of(const Pass& pass, const Pass& before) const;
   [[nodiscard]] Slot& slot(int64_t number) { return slots_[size_t(number) % slots_.size()]; }
   [[nodiscard]] Pass& pass(int64_t number) { return passes_[size_t(number) % passes_.size()]; }

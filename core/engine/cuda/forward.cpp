@@ -111,18 +111,21 @@ Forward::~Forward() {
     if (stream) (void)cudaStreamDestroy(stream);
 }
 
-void Forward::check_host_plans() {
+std::exception_ptr Forward::host_plan_failure() {
   std::exception_ptr first;
   for (const auto& planner : planners_) {
     if (!planner) continue;
     const std::exception_ptr failure = planner->take_failure();
     if (!first) first = failure;
   }
-  if (first) std::rethrow_exception(first);
+  return first;
 }
 
-void Forward::read_images(const DeviceImages& images, int batch, const Activations& activations,
-                          cudaStream_t stream) const {
+void Forward::check_host_plans() {
+  if (const std::exception_ptr failure = host_plan_failure()) std::rethrow_exception(failure);
+}
+
+void Forward::read_images(const DeviceImages& images, int batch, const Activations& activations) const {
   cuda::PatchCall call{.images = images.data,
                        .is_float = images.is_float,
                        .batch = batch,
@@ -132,7 +135,7 @@ void Forward::read_images(const DeviceImages& images, int batch, const Activatio
                        .compute = model_.types.compute};
   std::copy_n(preprocess_.mean.begin(), 3, call.mean);
   std::copy_n(preprocess_.std.begin(), 3, call.std);
-  cuda::extract_patches(call, stream);
+  cuda::extract_patches(call, main_);
 }
 
 void Forward::linear(const DeviceLinear& layer, cuda::LinearCall call, bool gelu) {

@@ -1,6 +1,7 @@
 // The forward pass as a sequence of kernels on one stream, with the matching beside it on another.
 #pragma once
 #include <array>
+#include <exception>
 #include <memory>
 #include <vector>
 
@@ -52,13 +53,15 @@ class Forward {
 
   [[nodiscard]] cudaStream_t stream() const { return main_; }
   /// Images to patches, in activations.wide.
-  void read_images(const DeviceImages& images, int batch, const Activations& activations, cudaStream_t stream) const;
+  void read_images(const DeviceImages& images, int batch, const Activations& activations) const;
   /// Patches to logits. Neither allocates nor synchronises once every shape's matrix product has been chosen (the first
   /// call with this batch), so it can be captured.
   /// A timer sees each step alone: matching then waits its turn.
   void enqueue(int batch, const Activations& activations, StageTimer* timer = nullptr);
-  /// Throws what a third party's plan() threw in the passes since the last call, after the stream was waited for.
+  /// Throws what a third party's plan() threw since the last call, be it in a pass that was not waited for yet.
   void check_host_plans();
+  /// The same, given instead of thrown; null where there is none.
+  [[nodiscard]] std::exception_ptr host_plan_failure();
 
  private:
   struct State;

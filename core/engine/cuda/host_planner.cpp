@@ -138,22 +138,30 @@ void HostPlanner::take_harmless_plan(int batch) noexcept {
   std::fill_n(dst_.host.get<int32_t>(), count, 0);
 }
 
+void HostPlanner::fail_with(Error error) noexcept {
+  const std::lock_guard lock(mutex_);
+  failure_ = std::make_exception_ptr(std::move(error));
+}
+
+std::exception_ptr HostPlanner::take_failure() {
+  const std::lock_guard lock(mutex_);
+  return std::exchange(failure_, nullptr);
+}
+
 void HostPlanner::run(void* argument) {
   const Task& task = *static_cast<const Task*>(argument);
   HostPlanner& self = *task.planner;
-  // A driver's thread: nothing may leave it but through failure_, which the stream's end publishes.
+  // A driver's thread: nothing may leave it but through failure_.
   try {
     if (self.make_plan(task) != *self.shape_)
       fail(ExitCode::plugin,
            "the plan's shape is another than in the pass before; it may depend on the schedule alone");
     return;
   } catch (const c10::Error& error) {
-    self.failure_ =
-        std::make_exception_ptr(Error(ExitCode::plugin, cat("merger '", self.name_, "', block ", self.block_,
-                                                            ": plan() failed: ", error.what_without_backtrace())));
+    self.fail_with(Error(ExitCode::plugin, cat("merger '", self.name_, "', block ", self.block_,
+                                               ": plan() failed: ", error.what_without_backtrace())));
   } catch (const std::exception& error) {
-    self.failure_ = std::make_exception_ptr(
-        Error(ExitCode::plugin, cat("merger '", self.name_, "', block ", self.block_, ": ", error.what())));
+    self.fail_with(Error(ExitCode::plugin, cat("merger '", self.name_, "', block ", self.block_, ": ", error.what())));
   }
   self.take_harmless_plan(task.batch);
 }

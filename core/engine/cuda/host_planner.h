@@ -5,10 +5,12 @@
 #pragma once
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "base/error.h"
 #include "engine/cuda/device_memory.h"
 #include "engine/engine.h"
 #include "kernels/cuda/merge.h"
@@ -44,7 +46,7 @@ class HostPlanner {
   /// merger's.
   void enqueue(const Inputs& inputs, int batch, kernels::cuda::MergeCall& call, cudaStream_t stream);
   /// What plan() or its check threw since the last call, if anything: Error(plugin) naming merger, block and index.
-  [[nodiscard]] std::exception_ptr take_failure() { return std::exchange(failure_, nullptr); }
+  [[nodiscard]] std::exception_ptr take_failure();
   [[nodiscard]] const sdk::Needs& needs() const { return needs_; }
 
  private:
@@ -63,6 +65,7 @@ class HostPlanner {
   };
   static void run(void* task);
   [[nodiscard]] Shape make_plan(const Task& task);
+  void fail_with(Error error) noexcept;
   void take_harmless_plan(int batch) noexcept;
   void send_inputs(const Inputs& inputs, int batch, cudaStream_t stream);
   void send_plan(int batch, kernels::cuda::MergeCall& call, cudaStream_t stream);
@@ -77,6 +80,7 @@ class HostPlanner {
   std::optional<Shape> shape_;
   std::vector<std::unique_ptr<Task>> tasks_;  ///< what captured graphs point to
   Mirror stream_, sizes_, keys_, attention_, keep_, src_, dst_, weight_, scale_, gate_;
+  std::mutex mutex_;  ///< of failure_: the driver's thread makes plans while others look
   std::exception_ptr failure_;
 };
 

@@ -20,7 +20,9 @@ void Lane::clear() {
   activations_ = {};
 }
 
-void Lane::plan(int images) {
+void Lane::make_room(int images) {
+  if (room() >= images) return;
+  clear();
   activations_ = Activations(model_, images);
 }
 
@@ -51,7 +53,7 @@ void Lane::capture(int images) {
 }
 
 void Lane::read_images(const DeviceImages& source, int images) {
-  forward_.read_images(source, images, activations_, stream());
+  forward_.read_images(source, images, activations_);
 }
 
 void Lane::launch(int images) {

@@ -18,10 +18,11 @@ class Lane {
 
   /// The number of images that it has memory for.
   [[nodiscard]] int room() const { return activations_.batch; }
+  [[nodiscard]] size_t bytes() const { return Activations::bytes_for(model_, room()); }
   /// Gives memory back, and the graphs that point into it; waits for what is under way.
   void clear();
-  /// Takes memory for so many images; the lane is clear.
-  void plan(int images);
+  /// Takes memory for so many images, in place of less.
+  void make_room(int images);
 
   [[nodiscard]] bool captured(int images) const { return graphs_.contains(images); }
   /// Chooses the algorithms of matrix products by timing, so no other lane may be under way. images <= room().
@@ -37,8 +38,9 @@ class Lane {
 
   /// Each step of a pass alone, into the timer.
   void profile(int images, StageTimer& timer) { forward_.enqueue(images, activations_, &timer); }
-  /// Throws what a third party's plan() threw since the last call, after the stream was waited for.
+  /// Throws what a third party's plan() threw since the last call.
   void check_host_plans() { forward_.check_host_plans(); }
+  void forget_host_plans() { (void)forward_.host_plan_failure(); }
 
  private:
   const DeviceModel& model_;

@@ -223,7 +223,7 @@ void launch(const AttentionCall& call, const Plan& plan, cudaStream_t stream) {
     fail(ExitCode::usage, "attention: ", call.batch, " images of ", call.heads,
          " heads are more than one launch takes");
   }
-  allow_shared_memory<&attend<Tile>>(true);
+  allow_shared_memory<&attend<Tile>, true>();
   const auto scale = float(1.4426950408889634 / std::sqrt(double(call.head_dim)));
   const Job job{call, plan, round_up(call.tokens, 16), call.heads * call.head_dim, scale};
   launch_dependent<&attend<Tile>>({dim3(unsigned(blocks)), plan.warps * kWarp, plan.shared}, stream, job);

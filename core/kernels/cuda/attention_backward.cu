@@ -187,7 +187,7 @@ void run_pass(const AttentionBackwardCall& call, cudaStream_t stream) {
     fail(ExitCode::usage, "attention_backward: ", call.batch, " images of ", call.heads,
          " heads are more than one launch takes");
   }
-  allow_shared_memory<&attend_backward<Tile>>(true);
+  allow_shared_memory<&attend_backward<Tile>, true>();
   const double factor = 1.0 / std::sqrt(double(call.head_dim));
   const Job job{
       call,         plan, round_up(call.tokens, 16), call.heads * call.head_dim, float(1.4426950408889634 * factor),

@@ -77,25 +77,26 @@ __device__ __forceinline__ float warp_sum(float x) {
 }
 
 /// ask(device)'s answer for the current device, asked once: `known` keeps those of a question by device, 0 where it was
-/// not asked yet, and so must not be an answer. 0 for devices beyond the 64th.
+/// not asked yet, and so must not be an answer. Asked anew for devices beyond the 64th.
 template <class F>
 int asked_once(std::atomic<int> (&known)[64], const F& ask) {
   int device = 0;
   PYRA_CUDA(cudaGetDevice(&device));
-  if (device >= 64) return 0;
+  if (device >= 64) return ask(device);
   int answer = known[device].load(std::memory_order_relaxed);
   if (answer == 0) known[device].store(answer = ask(device), std::memory_order_relaxed);
   return answer;
 }
 
-constexpr size_t kSharedAlways = 48 << 10;  ///< bytes of dynamic shared memory that need no leave
+/// Bytes of dynamic shared memory that need no leave: 48 KB without what kernels declare, a few words.
+constexpr size_t kSharedAlways = 47 << 10;
 
 /// Once for a kernel and a device: leave to use all the shared memory that a block may have beside what the kernel
-/// declares. `prefer`: an SM gives it as much as it can, at L1's cost.
-template <auto kKernel>
-void allow_shared_memory(bool prefer = false) {
+/// declares. kPrefer: an SM gives it as much as it can, at L1's cost.
+template <auto kKernel, bool kPrefer = false>
+void allow_shared_memory() {
   static std::atomic<int> known[64];
-  const auto allow = [prefer](int device) {
+  (void)asked_once(known, [](int device) {
     const auto kernel = reinterpret_cast<const void*>(kKernel);
     int most = 0;
     cudaFuncAttributes attributes{};
@@ -103,15 +104,11 @@ void allow_shared_memory(bool prefer = false) {
     PYRA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
     PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    most - int(attributes.sharedSizeBytes)));
-    if (prefer)
+    if (kPrefer)
       PYRA_CUDA(
           cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     return 1;
-  };
-  int device = 0;
-  if (asked_once(known, allow) != 0) return;
-  PYRA_CUDA(cudaGetDevice(&device));
-  allow(device);
+  });
 }
 
 [[nodiscard]] inline int multiprocessors() {

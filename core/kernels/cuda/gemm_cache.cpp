@@ -34,18 +34,20 @@ std::string hex_words(const AlgorithmWords& words) {
 }  // namespace
 
 GemmCache::GemmCache(fs::path file, std::string version) : file_(std::move(file)), version_(std::move(version)) {
-  if (!file_.empty()) read();
+  if (!file_.empty()) entries_ = read(file_);
 }
 
-void GemmCache::read() {
+GemmCache::Entries GemmCache::read(const fs::path& file) {
+  Entries entries;
   std::error_code error;
-  if (fs::file_size(file_, error) > kMaxFile || error) return;
-  std::ifstream in(file_);
-  for (std::string line; std::getline(in, line) && entries_.size() < kMaxEntries;) {
+  if (fs::file_size(file, error) > kMaxFile || error) return entries;
+  std::ifstream in(file);
+  for (std::string line; std::getline(in, line) && entries.size() < kMaxEntries;) {
     const std::vector<std::string> fields = split(line, '\t');
     if (fields.size() != 3 || fields[0].empty() || fields[1].empty()) continue;
-    if (const auto words = parse_words(fields[2])) entries_[{fields[0], fields[1]}] = *words;
+    if (const auto words = parse_words(fields[2])) entries[{fields[0], fields[1]}] = *words;
   }
+  return entries;
 }
 
 std::shared_ptr<GemmCache> GemmCache::shared(const fs::path& file, const std::string& version) {
@@ -73,14 +75,14 @@ void GemmCache::add(const std::string& shape, const AlgorithmWords& words) {
 void GemmCache::save() {
   const std::lock_guard lock(mutex_);
   if (file_.empty() || !changed_) return;
-  read();
+  Entries all = read(file_);
+  all.insert(entries_.begin(), entries_.end());
   std::error_code error;
   fs::create_directories(file_.parent_path(), error);
   const fs::path fresh = cat(file_.string(), ".tmp-", getpid());
   {
     std::ofstream out(fresh);
-    for (const auto& [key, words] : entries_)
-      out << key.first << '\t' << key.second << '\t' << hex_words(words) << '\n';
+    for (const auto& [key, words] : all) out << key.first << '\t' << key.second << '\t' << hex_words(words) << '\n';
     if (!out.flush()) return void(fs::remove(fresh, error));
   }
   fs::rename(fresh, file_, error);

@@ -27,18 +27,21 @@ class GemmCache {
 
   [[nodiscard]] std::optional<AlgorithmWords> find(const std::string& shape) const;
   void add(const std::string& shape, const AlgorithmWords& words);
-  /// Writes what was added since, whole or not at all. What another process wrote first stays.
+  /// Writes what was added since, whole or not at all. What another process wrote first stays there; what this one
+  /// found or added stays here, so that all its passes agree.
   void save();
 
   /// $PYRA_CACHE_DIR, else $XDG_CACHE_HOME/pyra, else ~/.cache/pyra; empty where none is set or PYRA_CACHE_DIR is "".
   [[nodiscard]] static std::filesystem::path default_file();
 
  private:
-  void read();
+  /// By version and shape: GPUs share a file.
+  using Entries = std::map<std::pair<std::string, std::string>, AlgorithmWords>;
+  [[nodiscard]] static Entries read(const std::filesystem::path& file);
   mutable std::mutex mutex_;
   std::filesystem::path file_;
   std::string version_;
-  std::map<std::pair<std::string, std::string>, AlgorithmWords> entries_;  ///< by version and shape: GPUs share a file
+  Entries entries_;
   bool changed_ = false;
 };
 
