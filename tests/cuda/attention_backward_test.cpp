@@ -1,5 +1,4 @@
 #include <cmath>
-#include <cstdlib>
 #include <functional>
 
 #include "base/error.h"
@@ -34,15 +33,6 @@ const Shape kMates[] = {{30, 27, 12, 64}, {37, 197, 12, 64}, {25, 157, 12, 64}, 
 
 /// Shared memory that makes a Hopper GPU stand for one without its way of attention.
 constexpr const char* kNotHopper = "200000";
-
-/// Lowers the device's shared memory while it lives.
-class SharedMemoryLimit {
- public:
-  explicit SharedMemoryLimit(const char* bytes) { setenv("PYRA_CUDA_SHARED_MEMORY", bytes, 1); }
-  ~SharedMemoryLimit() { unsetenv("PYRA_CUDA_SHARED_MEMORY"); }
-  SharedMemoryLimit(const SharedMemoryLimit&) = delete;
-  SharedMemoryLimit& operator=(const SharedMemoryLimit&) = delete;
-};
 
 struct Problem {
   at::Tensor qkv, sizes, d_out;
@@ -184,7 +174,7 @@ TEST_CASE("Hopper's gradient of attention equals its reference in double, for ev
   check_gradient(found.d_qkv, expected, shape, dtype);
   CHECK(max_difference(found.log_sum, log_sum) < 1e-4);
   CHECK(at::equal(forward_only(problem, shape, dtype), found.out));
-  const SharedMemoryLimit limit(kNotHopper);
+  const test::EnvironmentVariable limit("PYRA_CUDA_SHARED_MEMORY", kNotHopper);
   const Outcome portable = on_device(problem, shape, dtype);
   check_gradient(portable.d_qkv, expected, shape, dtype);
   CHECK(max_difference(portable.log_sum, log_sum) < 1e-4);
@@ -215,7 +205,7 @@ TEST_CASE("attention's gradient on the GPU does not depend on how much shared me
   CAPTURE(scalar_type(dtype), shape.batch, shape.tokens, shape.heads, shape.head_dim);
   const Problem problem = problem_of(shape, dtype, true);
   const auto with = [&](const char* bytes) {
-    const SharedMemoryLimit limit(bytes);
+    const test::EnvironmentVariable limit("PYRA_CUDA_SHARED_MEMORY", bytes);
     return on_device(problem, shape, dtype);
   };
   const Outcome roomy = with(kNotHopper);

@@ -1,6 +1,5 @@
 #include "kernels/attention.h"
 
-#include <cstdlib>
 #include <functional>
 
 #include "base/error.h"
@@ -29,15 +28,6 @@ const Shape kMates[] = {{90, 27, 12, 64}, {37, 197, 12, 64}, {70, 8, 12, 64}, {5
 
 /// Shared memory that makes a Hopper GPU stand for one without its way of attention.
 constexpr const char* kNotHopper = "200000";
-
-/// Lowers the device's shared memory while it lives.
-class SharedMemoryLimit {
- public:
-  explicit SharedMemoryLimit(const char* bytes) { setenv("PYRA_CUDA_SHARED_MEMORY", bytes, 1); }
-  ~SharedMemoryLimit() { unsetenv("PYRA_CUDA_SHARED_MEMORY"); }
-  SharedMemoryLimit(const SharedMemoryLimit&) = delete;
-  SharedMemoryLimit& operator=(const SharedMemoryLimit&) = delete;
-};
 
 struct Outcome {
   at::Tensor out, class_rows;
@@ -130,7 +120,7 @@ TEST_CASE("Hopper's attention equals its reference in double, for every number o
   CHECK(relative_difference(found.out, expected.out) < tolerance_of(dtype));
   CHECK(relative_difference(found.class_rows.mean(1), expected.class_attention) < 3e-5);
   CHECK(at::equal(on_device(qkv, sizes, shape, dtype, /*rows=*/false).out, found.out));
-  const SharedMemoryLimit limit(kNotHopper);
+  const test::EnvironmentVariable limit("PYRA_CUDA_SHARED_MEMORY", kNotHopper);
   CHECK(relative_difference(on_device(qkv, sizes, shape, dtype).out, expected.out) < tolerance_of(dtype));
 }
 
@@ -142,7 +132,7 @@ TEST_CASE("attention on the GPU does not depend on how much shared memory there 
   CAPTURE(scalar_type(dtype), shape.batch, shape.tokens, shape.heads, shape.head_dim);
   const at::Tensor qkv = qkv_of(shape, dtype), sizes = sizes_of(shape);
   const auto with = [&](const char* bytes) {
-    const SharedMemoryLimit limit(bytes);
+    const test::EnvironmentVariable limit("PYRA_CUDA_SHARED_MEMORY", bytes);
     return on_device(qkv, sizes, shape, dtype);
   };
   const Outcome roomy = with(kNotHopper);

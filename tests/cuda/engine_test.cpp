@@ -56,15 +56,6 @@ class Foreign final : public sdk::TokenMerger {
   mutable bool fails = false;
 };
 
-/// $PYRA_CUDA_BESIDE for the engines that are made while it lives.
-class Company {
- public:
-  explicit Company(const char* images) { setenv("PYRA_CUDA_BESIDE", images, 1); }
-  ~Company() { unsetenv("PYRA_CUDA_BESIDE"); }
-  Company(const Company&) = delete;
-  Company& operator=(const Company&) = delete;
-};
-
 }  // namespace
 
 TEST_CASE("on the GPU dense models give the fixtures' logits", "[cuda][gpu]") {
@@ -162,7 +153,7 @@ TEST_CASE("on the GPU an image's logits are its own, bit for bit, from run to ru
 TEST_CASE("batches in flight come back in order, whatever their size and company", "[cuda][gpu]") {
   PYRA_NEEDS_GPU();
   // Up to how many images a pass has company: as the engine sees it (all of these), none, those of 4 and 1.
-  const Company most(GENERATE("", "0", "5"));
+  const test::EnvironmentVariable most("PYRA_CUDA_BESIDE", GENERATE("", "0", "5"));
   const nn::VitConfig config = small_config();
   nn::Vit vit(config, nn::random_weights(config, 1));
   attach(vit, "tome", removing({9, 4, 6}));
@@ -186,7 +177,7 @@ TEST_CASE("batches in flight come back in order, whatever their size and company
 TEST_CASE("time that passes side by side share is counted once", "[cuda][gpu]") {
   PYRA_NEEDS_GPU();
   const std::string limit = GENERATE("", "0", "40");
-  const Company most(limit.c_str());
+  const test::EnvironmentVariable most("PYRA_CUDA_BESIDE", limit.c_str());
   const nn::VitConfig config = small_config();
   const auto gpu = on_gpu(nn::Vit(config, nn::random_weights(config, 1)));
   const at::Tensor large = bytes(config, 64), small = bytes(config, 32);

@@ -75,7 +75,6 @@ CudaTrainer::CudaTrainer(nn::Vit& model, const TrainingImages& images, const nn:
 CudaTrainer::~CudaTrainer() {
   (void)cudaSetDevice(device_);
   (void)cudaDeviceSynchronize();
-  if (graph_) (void)cudaGraphExecDestroy(graph_);
   for (Slot& slot : slots_)
     for (cudaEvent_t event : {slot.read, slot.copied})
       if (event) (void)cudaEventDestroy(event);
@@ -208,22 +207,10 @@ void CudaTrainer::capture() {
   PYRA_CUDA(cudaStreamSynchronize(stream()));
   if (cache_) cache_->save();
   reset_sums();
-  cudaGraph_t graph = nullptr;
-  PYRA_CUDA(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal));
-  try {
+  graph_ = Graph(stream(), [this] {
     enqueue_step();
     optimise();
-  } catch (...) {
-    (void)cudaStreamEndCapture(stream(), &graph);
-    if (graph) (void)cudaGraphDestroy(graph);
-    (void)cudaGetLastError();
-    throw;
-  }
-  PYRA_CUDA(cudaStreamEndCapture(stream(), &graph));
-  const cudaError_t status = cudaGraphInstantiate(&graph_, graph, 0);
-  (void)cudaGraphDestroy(graph);
-  PYRA_CUDA(status);
-  PYRA_CUDA(cudaGraphUpload(graph_, stream()));
+  });
 }
 
 void CudaTrainer::step(const TrainStep& step) {
@@ -245,7 +232,7 @@ void CudaTrainer::step(const TrainStep& step) {
   if (set_.bytes() == 0) stage_images(step, slot);
   PYRA_CUDA(cudaEventRecord(slot.read, stream()));
   if (first) capture();
-  PYRA_CUDA(cudaGraphLaunch(graph_, stream()));
+  graph_.launch(stream());
 }
 
 void CudaTrainer::reset_sums() {

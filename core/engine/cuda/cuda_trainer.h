@@ -4,6 +4,7 @@
 #include <array>
 #include <memory>
 
+#include "engine/cuda/graph.h"
 #include "engine/cuda/train_step.h"
 
 namespace pyra::engine {
@@ -64,7 +65,7 @@ class CudaTrainer final : public Trainer {
   DeviceMemory batch_images_;  ///< of the step
   DeviceMemory teacher_;       ///< [B,classes] of the step; empty where nobody teaches, known at the first step
   cudaStream_t copy_ = nullptr;
-  cudaGraphExec_t graph_ = nullptr;
+  Graph graph_;
   std::array<Slot, 8> slots_;
   size_t next_ = 0;
 };

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "engine/cuda/forward.h"
+#include "engine/cuda/graph.h"
 
 namespace pyra::engine {
 
@@ -12,9 +13,6 @@ class Lane {
  public:
   Lane(const nn::Vit& model, const DeviceModel& device_model, const nn::Preprocess& preprocess, bool exact_gelu,
        std::shared_ptr<kernels::cuda::GemmCache> cache);
-  ~Lane();
-  Lane(const Lane&) = delete;
-  Lane& operator=(const Lane&) = delete;
 
   /// The number of images that it has memory for.
   [[nodiscard]] int room() const { return activations_.batch; }
@@ -47,7 +45,7 @@ class Lane {
   std::shared_ptr<kernels::cuda::GemmCache> cache_;
   Forward forward_;
   Activations activations_;
-  std::map<int, cudaGraphExec_t> graphs_;
+  std::map<int, Graph> graphs_;
 };
 
 }  // namespace pyra::engine
