@@ -151,12 +151,10 @@ size_t CudaEngine::choose_lane(int batch, bool beside) {
   if (!fits(lane, batch, 0)) lanes_[1]->clear();
   if (fits(lane, batch, 0)) return 0;
   lane.clear();
-  size_t free_bytes = 0, total = 0;
-  PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
-  const size_t each = Activations::bytes_for(device_model_, 1);
-  fail(ExitCode::device, "the GPU has ", free_bytes >> 20, " MB free of ", total >> 20, "; a batch of ", batch,
-       " needs ", Activations::bytes_for(device_model_, batch) >> 20, " MB beside the weights; a batch of ",
-       std::max<size_t>(1, free_bytes * 9 / 10 / each), " would fit");
+  check_room(
+      cat("a batch of ", batch), batch, [this](int n) { return Activations::bytes_for(device_model_, n); },
+      "a batch of ");
+  return 0;
 }
 
 void CudaEngine::prepare(Lane& lane, int batch) {

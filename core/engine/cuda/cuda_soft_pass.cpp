@@ -98,7 +98,8 @@ CudaSoftPass::CudaSoftPass(const nn::Vit& model, const nn::Preprocess& preproces
       cache_(gemm_cache(device_, options.deterministic)),
       runner_(cache_) {
   check_room(
-      batch_, [this](int n) { return SoftMemory::bytes_for(model_, n); }, "--search-batch ");
+      cat("a step of ", batch_, " images"), batch_, [this](int n) { return SoftMemory::bytes_for(model_, n); },
+      "--search-batch ");
   memory_ = SoftMemory(model_, batch_);
   host_images_ = PinnedMemory(memory_.images.bytes());
   host_labels_ = PinnedMemory(memory_.labels.bytes());

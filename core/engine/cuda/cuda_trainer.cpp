@@ -55,7 +55,8 @@ CudaTrainer::CudaTrainer(nn::Vit& model, const TrainingImages& images, const nn:
   host_status_ = PinnedMemory(sizeof(cuda::StepStatus));
   model_ = std::make_unique<TrainModel>(model, tensors_, options_, &inputs_.get<cuda::StepInputs>()->step);
   check_room(
-      batch_, [this](int n) { return TrainMemory::bytes_for(*model_, n); }, "train.batch=");
+      cat("a step of ", batch_, " images"), batch_, [this](int n) { return TrainMemory::bytes_for(*model_, n); },
+      "train.batch=");
   cache_ = gemm_cache(device_, options_.deterministic);
   runner_ = std::make_unique<TrainStepRunner>(*model_, preprocess, batch_, cache_);
   const std::vector<cuda::Segment>& segments = model_->segments;

@@ -27,15 +27,14 @@ std::shared_ptr<kernels::cuda::GemmCache> gemm_cache(int device, bool determinis
                                                           cublasLtGetVersion(), " chosen ", kWayOfChoosing));
 }
 
-void check_room(int images, const std::function<size_t(int)>& bytes_for, const char* option) {
+void check_room(const std::string& what, int images, const std::function<size_t(int)>& bytes_for, const char* option) {
   size_t free_bytes = 0, total = 0;
   PYRA_CUDA(cudaMemGetInfo(&free_bytes, &total));
   const size_t wanted = bytes_for(images);
   if (wanted <= free_bytes) return;
   const size_t each = bytes_for(2) - bytes_for(1);
-  fail(ExitCode::device, "the GPU has ", free_bytes >> 20, " MB free of ", total >> 20, "; a step of ", images,
-       " images needs ", wanted >> 20, " MB beside the weights; ", option,
-       std::max<size_t>(1, free_bytes * 9 / 10 / each), " would fit");
+  fail(ExitCode::device, "the GPU has ", free_bytes >> 20, " MB free of ", total >> 20, "; ", what, " needs ",
+       wanted >> 20, " MB beside the weights; ", option, std::max<size_t>(1, free_bytes * 9 / 10 / each), " would fit");
 }
 
 }  // namespace pyra::engine

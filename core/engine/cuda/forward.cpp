@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "base/error.h"
-#include "engine/cuda/memory_plan.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/embed.h"
 #include "kernels/cuda/layer_norm.h"
@@ -29,48 +28,33 @@ cuda::LinearCall layer_call(const DeviceLinear& layer, cuda::LinearCall call) {
 
 }  // namespace
 
-/// One of the buffers, with the bytes that an image takes there.
-struct Activations::Buffer {
-  DeviceSpan* span;
-  size_t image_bytes;
-
-  [[nodiscard]] size_t bytes(int images) const {
-    constexpr size_t kAlignment = MemoryPlan::kAlignment;
-    return (size_t(images) * image_bytes + kAlignment - 1) / kAlignment * kAlignment;
-  }
-};
-
-std::vector<Activations::Buffer> Activations::buffers(const DeviceModel& model) {
+/// All of them are there for the whole of a pass.
+SpanPlan Activations::plan(const DeviceModel& model, int images) {
   const nn::VitConfig& config = model.config;
-  const size_t n = size_t(config.tokens()), c = size_t(config.embed_dim), compute = cuda::size_of(model.types.compute),
-               residual = n * c * cuda::size_of(model.types.residual);
+  const size_t n = size_t(config.tokens()), c = size_t(config.embed_dim), compute = cuda::size_of(model.types.compute);
   const size_t patch_values = size_t(config.patches() * 3 * config.patch_size * config.patch_size);
-  std::vector<Buffer> all = {
-      {&stream[0], residual},
-      {&stream[1], residual},
-      {&rows, n * c * compute},
-      {&wide, std::max(n * std::max(3 * c, size_t(config.mlp_dim)), patch_values) * compute},
-      {&class_rows, size_t(config.num_heads) * n * 4},
-      {&pooled, c * 4},
-      {&features, c * 4},
-      {&logits, size_t(config.num_classes) * 4},
-  };
-  for (DeviceSpan* span : {&sizes[0], &sizes[1], &keep, &src, &dst, &cosine}) all.push_back({span, n * 4});
-  return all;
+  SpanPlan plan;
+  const auto add = [&](DeviceSpan& span, size_t image_bytes) { plan.add(span, size_t(images) * image_bytes, 0, 0); };
+  for (DeviceSpan& span : stream) add(span, n * c * cuda::size_of(model.types.residual));
+  add(rows, n * c * compute);
+  add(wide, std::max(n * std::max(3 * c, size_t(config.mlp_dim)), patch_values) * compute);
+  for (DeviceSpan* span : {&sizes[0], &sizes[1], &keep, &src, &dst, &cosine}) add(*span, n * 4);
+  add(class_rows, size_t(config.num_heads) * n * 4);
+  for (DeviceSpan* span : {&pooled, &features}) add(*span, c * 4);
+  add(logits, size_t(config.num_classes) * 4);
+  plan.place();
+  return plan;
 }
 
-Activations::Activations(const DeviceModel& model, int images) : batch(images), arena_(bytes_for(model, images)) {
-  char* at = arena_.get<char>();
-  for (const Buffer& buffer : buffers(model)) {
-    *buffer.span = DeviceSpan(at);
-    at += buffer.bytes(images);
-  }
+Activations::Activations(const DeviceModel& model, int images) : batch(images) {
+  const SpanPlan plan = this->plan(model, images);
+  arena_ = DeviceMemory(plan.bytes());
+  plan.hand_out(arena_.get<char>());
 }
 
-size_t Activations::bytes_for(const DeviceModel& model, int images) {
-  size_t sum = 0;
-  for (const Buffer& buffer : Activations().buffers(model)) sum += buffer.bytes(images);
-  return sum;
+size_t Activations::bytes_for(const DeviceModel& model, int batch) {
+  Activations unused;
+  return unused.plan(model, batch).bytes();
 }
 
 /// Where a pass stands: which of each pair of buffers holds the tokens, how many there are.
@@ -111,7 +95,7 @@ Forward::~Forward() {
     if (stream) (void)cudaStreamDestroy(stream);
 }
 
-std::exception_ptr Forward::host_plan_failure() {
+std::exception_ptr Forward::take_failure() {
   std::exception_ptr first;
   for (const auto& planner : planners_) {
     if (!planner) continue;
@@ -119,10 +103,6 @@ std::exception_ptr Forward::host_plan_failure() {
     if (!first) first = failure;
   }
   return first;
-}
-
-void Forward::check_host_plans() {
-  if (const std::exception_ptr failure = host_plan_failure()) std::rethrow_exception(failure);
 }
 
 void Forward::read_images(const DeviceImages& images, int batch, const Activations& activations) const {

@@ -7,6 +7,7 @@
 
 #include "engine/cuda/device_model.h"
 #include "engine/cuda/host_planner.h"
+#include "engine/cuda/span_plan.h"
 #include "engine/cuda/stage_timer.h"
 #include "kernels/cuda/layer_norm.h"
 #include "kernels/cuda/linear.h"
@@ -31,8 +32,7 @@ struct Activations {
   DeviceSpan pooled, features, logits;  ///< [B,C], [B,C], [B,classes] fp32
 
  private:
-  struct Buffer;
-  [[nodiscard]] std::vector<Buffer> buffers(const DeviceModel& model);
+  [[nodiscard]] SpanPlan plan(const DeviceModel& model, int images);
   DeviceMemory arena_;
 };
 
@@ -58,10 +58,9 @@ class Forward {
   /// call with this batch), so it can be captured.
   /// A timer sees each step alone: matching then waits its turn.
   void enqueue(int batch, const Activations& activations, StageTimer* timer = nullptr);
-  /// Throws what a third party's plan() threw since the last call, be it in a pass that was not waited for yet.
-  void check_host_plans();
-  /// The same, given instead of thrown; null where there is none.
-  [[nodiscard]] std::exception_ptr host_plan_failure();
+  /// What a third party's plan() threw first since the last call, be it in a pass that was not waited for yet, if
+  /// anything.
+  [[nodiscard]] std::exception_ptr take_failure();
 
  private:
   struct State;

@@ -34,6 +34,10 @@ void Lane::read_images(const DeviceImages& source, int images) {
   forward_.read_images(source, images, activations_);
 }
 
+void Lane::check_host_plans() {
+  if (const std::exception_ptr failure = forward_.take_failure()) std::rethrow_exception(failure);
+}
+
 void Lane::launch(int images) {
   graphs_.at(images).launch(stream());
 }

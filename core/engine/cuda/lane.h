@@ -37,8 +37,8 @@ class Lane {
   /// Each step of a pass alone, into the timer.
   void profile(int images, StageTimer& timer) { forward_.enqueue(images, activations_, &timer); }
   /// Throws what a third party's plan() threw since the last call.
-  void check_host_plans() { forward_.check_host_plans(); }
-  void forget_host_plans() { (void)forward_.host_plan_failure(); }
+  void check_host_plans();
+  void forget_host_plans() { (void)forward_.take_failure(); }
 
  private:
   const DeviceModel& model_;

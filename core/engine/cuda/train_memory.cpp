@@ -1,6 +1,7 @@
 #include "engine/cuda/train_memory.h"
 
 #include "base/error.h"
+#include "engine/cuda/span_plan.h"
 
 namespace pyra::engine {
 
@@ -45,18 +46,13 @@ class TrainMemory::Planner {
   }
 
   [[nodiscard]] size_t bytes() const { return plan_.bytes(); }
-  void hand_out(char* memory) const {
-    for (size_t i = 0; i < spans_.size(); ++i) *spans_[i] = DeviceSpan(memory + plan_.offset(i));
-  }
+  void hand_out(char* memory) const { plan_.hand_out(memory); }
 
  private:
   using enum Timeline::Part;
   using Part = Timeline::Part;
 
-  void add(DeviceSpan& span, size_t bytes, int first, int last) {
-    plan_.add(bytes, first, last);
-    spans_.push_back(&span);
-  }
+  void add(DeviceSpan& span, size_t bytes, int first, int last) { plan_.add(span, bytes, first, last); }
 
   void add_embedding() {
     const nn::VitConfig& config = model_.config;
@@ -173,8 +169,7 @@ class TrainMemory::Planner {
   const TrainModel& model_;
   Timeline time_;
   size_t images_, channels_, compute_;
-  MemoryPlan plan_;
-  std::vector<DeviceSpan*> spans_;  // by the plan's numbers
+  SpanPlan plan_;
 };
 
 TrainMemory::TrainMemory(const TrainModel& model, int images) : batch(images) {

@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "engine/cuda/device_memory.h"
-#include "engine/cuda/memory_plan.h"
 #include "engine/cuda/train_model.h"
 
 namespace pyra::engine {

@@ -4,7 +4,7 @@
 // any order without changing the outcome. A score that is not a number never enters (nor -infinity): kNoPartner.
 #pragma once
 #include "kernels/cuda/cluster.cuh"
-#include "kernels/cuda/dependent.cuh"
+#include "kernels/cuda/device.cuh"
 
 namespace pyra::kernels::cuda {
 namespace {
@@ -169,12 +169,6 @@ __device__ __forceinline__ uint64_t better_partner(uint64_t best, const uint64_t
   const int from = max(own, first), to = min(own + tiles.across, last);
   for (int t = from + lane; t < to; t += lanes) best = max(best, partial[i * slots + t - first]);
   return best;
-}
-
-/// Launches a kernel of kSearchThreads that calls await_earlier().
-template <auto kKernel, class... Arguments>
-void launch_search(dim3 grid, int cluster, size_t shared, cudaStream_t stream, const Arguments&... arguments) {
-  launch_dependent<kKernel>({grid, kSearchThreads, shared, cluster}, stream, arguments...);
 }
 
 /// Bytes of consecutive arrays in dynamic shared memory.

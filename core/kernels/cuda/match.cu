@@ -20,6 +20,7 @@
 
 #include "base/error.h"
 #include "kernels/cuda/cosine.cuh"
+#include "kernels/cuda/dependent.cuh"
 #include "kernels/cuda/row.cuh"
 
 namespace pyra::kernels::cuda {
@@ -415,9 +416,9 @@ void launch(const MatchCall& call, Shape shape, Counts most, cudaStream_t stream
   const Layout at = fit(shape, kRows, kColumns, most.a, most.b);
   Ahead ahead;
   std::ranges::copy(call.ahead, ahead.parameters);
-  launch_search<&match_kernel<T, kRows, kColumns>>(dim3(unsigned(call.batch * shape.cluster)), shape.cluster,
-                                                   size_t(at.bytes), stream, static_cast<const T*>(call.qkv), shape, at,
-                                                   call.in_side_a, call.keep, call.src, call.dst, ahead);
+  launch_dependent<&match_kernel<T, kRows, kColumns>>(
+      {dim3(unsigned(call.batch * shape.cluster)), kSearchThreads, size_t(at.bytes), shape.cluster}, stream,
+      static_cast<const T*>(call.qkv), shape, at, call.in_side_a, call.keep, call.src, call.dst, ahead);
 }
 
 }  // namespace

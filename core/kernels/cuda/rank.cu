@@ -15,6 +15,7 @@
 
 #include "base/error.h"
 #include "kernels/cuda/cosine.cuh"
+#include "kernels/cuda/dependent.cuh"
 
 namespace pyra::kernels::cuda {
 namespace {
@@ -292,10 +293,10 @@ bool fit(Shape& shape, int tile_columns, Layout& at) {
 template <class T, int kColumns>
 void launch(const RankCall& call, const Shape& shape, const Layout& at, cudaStream_t stream) {
   const int chunks = std::max(1, (shape.tail + shape.rows - 1) / shape.rows);
-  launch_search<&rank_kernel<T, kColumns>>(dim3(unsigned(call.batch * shape.cluster), unsigned(chunks)), shape.cluster,
-                                           size_t(at.bytes), stream, static_cast<const T*>(call.tokens),
-                                           call.class_rows, shape, at,
-                                           Outputs{call.keep, call.src, call.dst, call.cosine});
+  launch_dependent<&rank_kernel<T, kColumns>>(
+      {dim3(unsigned(call.batch * shape.cluster), unsigned(chunks)), kSearchThreads, size_t(at.bytes), shape.cluster},
+      stream, static_cast<const T*>(call.tokens), call.class_rows, shape, at,
+      Outputs{call.keep, call.src, call.dst, call.cosine});
 }
 
 /// Rows, columns and cluster; false where shared memory does not suffice.
