@@ -48,9 +48,7 @@ BackwardJob job_of(const AttentionBackwardCall& call, int rows) {
 
 template <class T, int Keys>
 bool launch_tile(const AttentionBackwardCall& call, cudaStream_t stream) {
-  static std::atomic<int> known[64];
-  if (!prepare_hopper(reinterpret_cast<const void*>(&attend_backward_tile<T, Keys>), kSharedMemory, known))
-    return false;
+  if (!prepare_hopper<&attend_backward_tile<T, Keys>>()) return false;
   const BackwardJob job = job_of(call, Keys);
   attend_backward_tile<T, Keys><<<unsigned(job.all_heads), kGroup, OneTileShape<Keys>::kShared, stream>>>(job);
   PYRA_CUDA_LAUNCHED();
@@ -59,9 +57,7 @@ bool launch_tile(const AttentionBackwardCall& call, cudaStream_t stream) {
 
 template <class T, int Groups>
 bool launch_panels(const AttentionBackwardCall& call, int processors, cudaStream_t stream) {
-  static std::atomic<int> known[64];
-  if (!prepare_hopper(reinterpret_cast<const void*>(&attend_backward_panels<T, Groups>), kSharedMemory, known))
-    return false;
+  if (!prepare_hopper<&attend_backward_panels<T, Groups>>()) return false;
   const BackwardJob job = job_of(call, round_up(call.tokens, 16));
   const int terms = 3 * int(sizeof(float)) * round_up(call.tokens, kChunk) + 2 * int(sizeof(uint64_t));
   const int beyond = (Groups * kTile - job.rows) * kRowBytes;  // what the last tile reads past the last panel

@@ -275,9 +275,7 @@ __global__ void __launch_bounds__(kWarp) attend_hopper(const __grid_constant__ H
 
 template <class T, int Keys, bool Sized, int Blocks = blocks_for(Keys)>
 bool launch_hopper(const AttentionCall& call, int processors, cudaStream_t stream) {
-  static std::atomic<int> known[64];
-  const auto kernel = reinterpret_cast<const void*>(&attend_hopper<T, Keys, Sized, Blocks>);
-  if (!prepare_hopper(kernel, HopperShape<Keys>::kShared, known)) return false;
+  if (!prepare_hopper<&attend_hopper<T, Keys, Sized, Blocks>>()) return false;
   const int64_t heads = int64_t(call.batch) * call.heads;
   const int tiles = (call.tokens + kTile - 1) / kTile;
   const int splits = int(std::clamp<int64_t>(int64_t{Blocks} * processors / heads, 1, tiles));

@@ -51,16 +51,15 @@ inline CUtensorMap map_of(const void* data, int channels, int tokens, int batch,
   return map;
 }
 
-/// Whether the program holds the kernel for this device, which then may use `shared` bytes of shared memory. Asked once
-/// for a kernel, whose answers by device are `known`: 1: ready, -1: built without sm_90a.
-inline bool prepare_hopper(const void* kernel, int shared, std::atomic<int> (&known)[64]) {
-  return asked_once(known, [&](int) {
+/// Whether the program holds the kernel for this device, which then may use all the shared memory there is. Asked once.
+template <auto kKernel>
+bool prepare_hopper() {
+  static std::atomic<int> known[64];  // 1: ready, -1: built without sm_90a
+  return asked_once(known, [](int) {
            cudaFuncAttributes attributes{};
-           PYRA_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+           PYRA_CUDA(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)));
            if (attributes.maxThreadsPerBlock < kGroup) return -1;
-           PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-           PYRA_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                          cudaSharedmemCarveoutMaxShared));
+           allow_shared_memory<kKernel, true>();
            return 1;
          }) > 0;
 }

@@ -229,9 +229,7 @@ __global__ void __launch_bounds__(kWarp) small_linear(const __grid_constant__ Sm
 /// False where the program does not hold the kernel for this device.
 template <class T, int Rows>
 bool launch(const LinearCall& call, int splits, cudaStream_t stream) {
-  static std::atomic<int> known[64];
-  const auto kernel = reinterpret_cast<const void*>(&small_linear<T, Rows>);
-  if (!prepare_hopper(kernel, kMostShared, known)) return false;
+  if (!prepare_hopper<&small_linear<T, Rows>>()) return false;
   const int chunks = call.in / kBoxChannels / splits, shared = shared_bytes(Rows, chunks);
   const SmallLinearJob job{map_of(call.weight, call.in, call.out, 1, kFeatures, call.compute),
                            map_of(call.x, call.in, call.rows, 1, Rows, call.compute),
