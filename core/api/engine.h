@@ -16,8 +16,9 @@ namespace pyra {
 ///   std::vector<float> logits = engine.run(image);
 ///
 /// Threads: an engine may be shared; its calls of run() take turns. For batches in parallel load one engine a thread:
-/// they share nothing but the CPU's cores. Every failure throws pyra::Error (base/error.h) with the exit code that
-/// pyractl would end with.
+/// they share nothing but the CPU's cores. Failures throw pyra::Error (base/error.h) with the exit code that pyractl
+/// would end with; want of memory, std::bad_alloc or LibTorch's c10::Error. Logits may be NaN where a model's weights
+/// are.
 class Engine {
  public:
   struct Options {
@@ -27,8 +28,8 @@ class Engine {
     bool exact_gelu = false;                         ///< a GPU's bf16 and fp16: GELU by erf instead of its tanh form
   };
 
-  /// Reads a .safetensors file, ours or timm's. Error(input) for the file, Error(plugin) for a merger that is not
-  /// there, Error(device) for a device that is not.
+  /// Reads what `pyractl eval` reads: a .safetensors file, ours or timm's, a folder of the Hugging Face hub, an .npz.
+  /// Error(input) for the file, Error(plugin) for a merger that is not there, Error(device) for a device that is not.
   [[nodiscard]] static Engine load(const std::filesystem::path& file, const Options& options);
   [[nodiscard]] static Engine load(const std::filesystem::path& file);
   ~Engine();

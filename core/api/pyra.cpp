@@ -22,6 +22,9 @@ int guarded(Body&& body) {
   } catch (const pyra::Error& error) {
     last_error = error.what();
     return int(error.code());
+  } catch (const std::bad_alloc&) {
+    last_error = "there is not enough memory";
+    return int(pyra::ExitCode::device);
   } catch (const std::exception& error) {
     last_error = error.what();
   } catch (...) {
@@ -63,7 +66,9 @@ int pyra_engine_prepare(const pyra_engine* engine, const uint8_t* encoded, size_
 int pyra_engine_run(const pyra_engine* engine, const uint8_t* images, int64_t batch, float* logits) {
   return guarded([&] {
     const int64_t side = engine->engine.image_size();
-    if (batch < 1) pyra::fail(pyra::ExitCode::usage, "pyra_engine_run: batch is ", batch, ", expected at least 1");
+    const int64_t most = INT64_MAX / (side * side * 3);
+    if (batch < 1 || batch > most)
+      pyra::fail(pyra::ExitCode::usage, "pyra_engine_run: batch is ", batch, ", expected 1 to ", most);
     std::ranges::copy(engine->engine.run({images, size_t(batch * side * side * 3)}), logits);
   });
 }

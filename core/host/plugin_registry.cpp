@@ -9,6 +9,8 @@
 
 #include "base/error.h"
 #include "host/elf_check.h"
+#include "host/guard.h"
+#include "host/guarded_plugin.h"
 
 namespace pyra::host {
 namespace fs = std::filesystem;
@@ -40,23 +42,12 @@ std::optional<FileName> parse_file_name(const fs::path& file) {
   return FileName{std::string(kind), std::string(name)};
 }
 
-[[noreturn]] void refuse(const fs::path& file, const std::string& reason) {
-  fail(ExitCode::plugin, "plugin ", file.string(), ": ", reason);
+std::string who(const fs::path& file) {
+  return cat("plugin ", file.string());
 }
 
-/// Runs code of a plugin: whatever it throws becomes an error that names it.
-template <class Call>
-auto guarded(const fs::path& file, const char* what, const Call& call) {
-  try {
-    return call();
-  } catch (const Error& error) {
-    if (error.code() == ExitCode::usage) throw;
-    refuse(file, cat(what, " failed: ", error.what()));
-  } catch (const std::exception& error) {
-    refuse(file, cat(what, " threw: ", error.what()));
-  } catch (...) {
-    refuse(file, cat(what, " threw something that is no std::exception"));
-  }
+[[noreturn]] void refuse(const fs::path& file, const std::string& reason) {
+  fail(ExitCode::plugin, who(file), ": ", reason);
 }
 
 std::string text_or(const char* text, const char* otherwise) {
@@ -70,7 +61,7 @@ const PyraPlugin& open(fs::path file, FileName expected) {  // by value: GCC tak
   // Its code must outlive every object it made, wherever that dies; so it stays mapped when the handle closes.
   const auto mode = boost::dll::load_mode::rtld_now | boost::dll::load_mode::rtld_local |
                     static_cast<boost::dll::load_mode::type>(RTLD_NODELETE);
-  const PyraPlugin* plugin = guarded(file, "loading", [&] {
+  const PyraPlugin* plugin = guard(who(file), "loading", [&] {
     boost::dll::shared_library library(file, mode);
     if (!library.has(PYRA_TEXT(PYRA_PLUGIN_ENTRY))) {
       refuse(file, "it has no symbol " PYRA_TEXT(PYRA_PLUGIN_ENTRY) ", so it is not a plugin; "
@@ -101,13 +92,13 @@ PluginInfo describe(const PyraPlugin& plugin, const fs::path& file) {
           .version = text_or(plugin.version, ""),
           .description = text_or(plugin.description, ""),
           .path = file,
-          .parameters = guarded(file, "parameters()", [&] { return plugin.parameters(); })};
+          .parameters = guard(who(file), "parameters()", [&] { return plugin.parameters(); })};
 }
 
 template <class Object>
 std::shared_ptr<const Object> create(Object* (*factory)(const sdk::Parameters&), const sdk::Parameters& parameters,
                                      const fs::path& file) {
-  std::shared_ptr<const Object> object(guarded(file, "its factory", [&] { return factory(parameters); }));
+  std::shared_ptr<const Object> object(guard(who(file), "its factory", [&] { return factory(parameters); }));
   if (!object) refuse(file, "its factory returned nothing");
   return object;
 }
@@ -188,7 +179,8 @@ std::shared_ptr<const sdk::TokenMerger> PluginRegistry::merger(const std::string
                                                                std::string_view where) const {
   const fs::path file = find("merge", name);
   const PyraPlugin& plugin = open(file, {"merge", name});
-  return create(plugin.create_merger, sdk::Parameters(describe(plugin, file).parameters, given, where), file);
+  return guarded(create(plugin.create_merger, sdk::Parameters(describe(plugin, file).parameters, given, where), file),
+                 name);
 }
 
 std::shared_ptr<const sdk::PeftMethod> PluginRegistry::peft(const std::string& name,
@@ -196,7 +188,8 @@ std::shared_ptr<const sdk::PeftMethod> PluginRegistry::peft(const std::string& n
                                                             std::string_view where) const {
   const fs::path file = find("peft", name);
   const PyraPlugin& plugin = open(file, {"peft", name});
-  return create(plugin.create_peft, sdk::Parameters(describe(plugin, file).parameters, given, where), file);
+  return guarded(create(plugin.create_peft, sdk::Parameters(describe(plugin, file).parameters, given, where), file),
+                 name);
 }
 
 PluginInfo PluginRegistry::check(const fs::path& file) {

@@ -35,7 +35,8 @@ class PluginRegistry {
 
   [[nodiscard]] PluginInfo info(const std::string& kind, const std::string& name) const;
   /// `given` is checked against the declaration, by Error(usage); `where` opens messages about it. What the factory
-  /// throws becomes Error(plugin) naming the plugin, unless it is Error(usage) itself.
+  /// throws becomes Error(plugin) naming the plugin, unless it is Error(usage) itself; so does what the object's
+  /// methods throw (guarded_plugin.h).
   [[nodiscard]] std::shared_ptr<const sdk::TokenMerger> merger(const std::string& name,
                                                                const std::map<std::string, sdk::ParameterValue>& given,
                                                                std::string_view where) const;

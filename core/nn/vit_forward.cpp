@@ -129,20 +129,10 @@ void Vit::Pass::merge(int64_t index, const kernels::AttentionOutput& attention) 
                                 .key_mean = attention.key_mean,
                                 .class_attention = attention.class_attention,
                                 .learned = setup.learned};
-  const auto where = [&] { return cat("merger '", setup.name, "', block ", index, ": "); };
-  kernels::MergeArguments arguments;
-  try {
-    arguments = arguments_of(setup.merger->plan(inputs, setup.schedule));
-  } catch (const Error&) {
-    throw;
-  } catch (const c10::Error& error) {
-    fail(ExitCode::plugin, where(), "plan() failed: ", error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    fail(ExitCode::plugin, where(), "plan() failed: ", error.what());
-  }
+  const kernels::MergeArguments arguments = arguments_of(setup.merger->plan(inputs, setup.schedule));
   const std::string wrong = kernels::check_merge(arguments, batch, x.size(1), model.tokens_after_[size_t(index)],
                                                  config().protected_tokens());
-  if (!wrong.empty()) fail(ExitCode::plugin, where(), wrong);
+  if (!wrong.empty()) fail(ExitCode::plugin, "merger '", setup.name, "', block ", index, ": ", wrong);
   kernels::Merged result = kernels::merge_tokens(x, sizes, arguments);
   x = std::move(result.tokens);
   sizes = std::move(result.sizes);

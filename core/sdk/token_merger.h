@@ -19,7 +19,7 @@ struct Needs {
 };
 
 /// Read-only views of one block after attention, before the MLP. B images, N tokens, C channels, D = C/H.
-/// fp32 (key_mean may be bf16 under bf16 compute), detached from autograd, except `learned`.
+/// fp32, detached from autograd, except `learned`.
 struct MergeInputs {
   int64_t block = 0;
   int64_t protected_tokens = 1;
@@ -53,7 +53,8 @@ class TokenMerger {
   [[nodiscard]] virtual Needs needs() const { return {}; }
 
   /// The schedule as this merger will run it on `shape`: `remove` cut to (N - protected) / 2 per block by
-  /// default. Throws Error(usage) where the schedule makes no sense for it.
+  /// default. Of a schedule that it has resolved, that schedule: a model file keeps the resolved one, which is resolved
+  /// again. Throws Error(usage) where the schedule makes no sense for it.
   [[nodiscard]] virtual Schedule resolve(const Schedule& schedule, const ModelShape& shape) const;
 
   /// Tokens that leave each block under a resolved schedule, `depth` long; by default N minus `remove`.
@@ -62,7 +63,8 @@ class TokenMerger {
   /// The merger's trained tensors under a resolved schedule; none by default.
   [[nodiscard]] virtual std::vector<TensorDecl> declare(const ModelShape& shape, const Schedule& schedule) const;
 
-  /// Whether a block calls plan(): by default where tokens leave it. DiffRate sorts its tokens in every block.
+  /// Whether a block calls plan(): by default where tokens leave it, and always there. DiffRate sorts its tokens in
+  /// every block.
   [[nodiscard]] virtual bool acts(int64_t tokens_in, int64_t tokens_out) const { return tokens_in != tokens_out; }
 
   /// The plan of a block as a recipe the core knows, where acts(); none by default. A merger that gives one needs no

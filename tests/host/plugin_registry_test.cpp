@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <fstream>
+#include <functional>
 
 #include "base/error.h"
 #include "support.h"
@@ -122,9 +123,9 @@ TEST_CASE("every bad plugin is refused by its path and the reason", "[plugins]")
       {"wrong_kind", misbehaving, {"the peft plugin 'wrong_kind'"}},
       {"no_factory", misbehaving, {"lacks a factory"}},
       {"returns_nothing", misbehaving, {"its entry returned nothing"}},
-      {"throws_in_entry", misbehaving, {"threw: not even that"}},
-      {"throws_in_parameters", misbehaving, {"parameters() threw: no list today"}},
-      {"throws", misbehaving, {"its factory threw: my tables are gone"}},
+      {"throws_in_entry", misbehaving, {"loading failed: not even that"}},
+      {"throws_in_parameters", misbehaving, {"parameters() failed: no list today"}},
+      {"throws", misbehaving, {"its factory failed: my tables are gone"}},
       {"throws_int", misbehaving, {"no std::exception"}},
       {"throws_error", misbehaving, {"its factory failed: tables.bin is missing"}},
       {"creates_nothing", misbehaving, {"its factory returned nothing"}},
@@ -256,4 +257,49 @@ TEST_CASE("a --plugin-path that is no folder is refused", "[plugins]") {
   write(folder / "file", "x");
   check_error(ExitCode::usage, {"--plugin-path", "not a folder"}, [&] { return PluginRegistry({folder / "missing"}); });
   check_error(ExitCode::usage, {"--plugin-path", "not a folder"}, [&] { return PluginRegistry({folder / "file"}); });
+}
+
+TEST_CASE("what a plugin's methods do wrong is told as the plugin's fault", "[plugins]") {
+  const sdk::ModelShape shape{.depth = 1, .embed_dim = 8, .num_heads = 1, .mlp_dim = 32, .tokens = 9};
+  const sdk::Schedule schedule{.text = "3", .remove = {3}, .prune = {}, .merge = {}};
+  const sdk::TensorMap nothing;
+  const sdk::MergeInputs inputs{
+      .block = 4, .tokens = {}, .sizes = {}, .key_mean = {}, .class_attention = {}, .learned = nothing};
+  using Merger = const sdk::TokenMerger&;
+  struct Bad {
+    const char* name;
+    ExitCode code;
+    std::vector<std::string> says;
+    std::function<void(Merger)> call;
+  };
+  const auto resolve = [&](Merger merger) { (void)merger.resolve(schedule, shape); };
+  const auto declare = [&](Merger merger) { (void)merger.declare(shape, schedule); };
+  const auto plan = [&](Merger merger) { (void)merger.plan(inputs, schedule); };
+  const Bad bads[] = {
+      {"needs_int", ExitCode::plugin, {"needs() failed", "no std::exception"}, [](Merger m) { (void)m.needs(); }},
+      {"resolve_throws", ExitCode::plugin, {"resolve() failed: no block 13"}, resolve},
+      {"resolve_refuses", ExitCode::usage, {"'high' is too much"}, resolve},
+      {"resolve_halves", ExitCode::plugin, {"resolve() of what it has resolved, '3'"}, resolve},
+      {"never_acts",
+       ExitCode::plugin,
+       {"acts() says no where 9 tokens become 6"},
+       [](Merger m) { (void)m.acts(9, 6); }},
+      {"declares_twice", ExitCode::plugin, {"declare() names a tensor 'scale' twice"}, declare},
+      {"declares_much", ExitCode::plugin, {"declare() gives tensor 'scale' the shape"}, declare},
+      {"plan_says_ok", ExitCode::plugin, {"plan() of block 4 failed: all fine"}, plan},
+      {"plan_throws", ExitCode::plugin, {"plan() of block 4 failed: no plan for block 4"}, plan},
+  };
+  const TempDir folder;
+  const PluginRegistry registry({folder.path()});
+  for (const Bad& bad : bads) {
+    CAPTURE(bad.name);
+    place(folder, bad.name, kBad / "misbehaving.so");
+    const auto merger = registry.merger(bad.name, {}, "test");
+    std::vector<std::string> says = bad.says;
+    if (bad.code == ExitCode::plugin) says.push_back(std::string("merger '") + bad.name + "'");
+    check_error(bad.code, says, [&] {
+      bad.call(*merger);
+      return 0;
+    });
+  }
 }

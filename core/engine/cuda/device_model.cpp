@@ -54,6 +54,32 @@ void DeviceModel::add_heads(const nn::TensorMap& weights) {
                      .out = int(config.num_classes)});
 }
 
+std::optional<sdk::PlanRecipe> checked_recipe(const nn::MergeSetup& setup, int block, int tokens, int kept,
+                                              const nn::VitConfig& config) {
+  auto recipe = setup.merger->recipe(block, setup.schedule, setup.learned);
+  if (!recipe) return recipe;
+  const auto refuse = [&](const auto&... what) {
+    fail(ExitCode::plugin, "merger '", setup.name, "', block ", block, ": recipe() ", what...);
+  };
+  const bool ranks = recipe->kind == sdk::PlanKind::rank;
+  if (!ranks && recipe->kind != sdk::PlanKind::bipartite) refuse("is of an unknown kind, ", int(recipe->kind));
+  const bool fits = ranks ? recipe->merge == kept && recipe->prune >= kept && recipe->prune <= tokens
+                          : recipe->remove == tokens - kept && recipe->remove >= 0;
+  if (!fits)
+    refuse("does not leave ", kept, " of ", tokens, " tokens, as tokens_after() says: remove ", recipe->remove,
+           ", prune ", recipe->prune, ", merge ", recipe->merge);
+  if (!recipe->gate) return recipe;
+  const auto check = [&](const char* name, const at::Tensor& tensor, int64_t count) {
+    if (!tensor.defined() || tensor.scalar_type() != at::kFloat || tensor.numel() != count)
+      refuse("has a gate whose ", name, " is no fp32 tensor of ", count, " numbers");
+  };
+  check("a", recipe->gate->a, recipe->remove);
+  check("b", recipe->gate->b, config.embed_dim);
+  check("weight", recipe->gate->weight, config.embed_dim);
+  check("bias", recipe->gate->bias, config.embed_dim);
+  return recipe;
+}
+
 DeviceMerge merge_of(const sdk::PlanRecipe& recipe, int tokens, int kept, int64_t protected_tokens,
                      DeviceStore& store) {
   DeviceMerge merge{.kept = kept};
@@ -70,7 +96,7 @@ DeviceMerge merge_of(const sdk::PlanRecipe& recipe, int tokens, int kept, int64_
 }
 
 DeviceMerge DeviceModel::planned_merge(const nn::MergeSetup& setup, int block, int tokens, int kept) {
-  const auto recipe = setup.merger->recipe(block, setup.schedule, setup.learned);
+  const auto recipe = checked_recipe(setup, block, tokens, kept, config);
   if (!recipe) {  // how many it merges is known when it has planned; room for all
     return {.kind = DeviceMerge::Kind::by_host, .kept = kept, .merged = tokens};
   }

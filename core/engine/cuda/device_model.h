@@ -51,6 +51,10 @@ struct DeviceTypes {
 
 /// Throws Error(usage) for shapes that the kernels do not do.
 void check_shapes(const nn::VitConfig& config);
+/// The recipe of a block's plan, if the merger gives one; Error(plugin) where it does not leave `kept` tokens or its
+/// gate is not of this shape: kernels trust it.
+[[nodiscard]] std::optional<sdk::PlanRecipe> checked_recipe(const nn::MergeSetup& setup, int block, int tokens,
+                                                            int kept, const nn::VitConfig& config);
 /// Without its gate, whose tensors may be elsewhere.
 [[nodiscard]] DeviceMerge merge_of(const sdk::PlanRecipe& recipe, int tokens, int kept, int64_t protected_tokens,
                                    DeviceStore& store);

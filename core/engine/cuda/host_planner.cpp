@@ -140,7 +140,7 @@ void HostPlanner::take_harmless_plan(int batch) noexcept {
 
 void HostPlanner::fail_with(Error error) noexcept {
   const std::lock_guard lock(mutex_);
-  failure_ = std::make_exception_ptr(std::move(error));
+  if (!failure_) failure_ = std::make_exception_ptr(std::move(error));
 }
 
 std::exception_ptr HostPlanner::take_failure() {
@@ -162,6 +162,9 @@ void HostPlanner::run(void* argument) {
                                                ": plan() failed: ", error.what_without_backtrace())));
   } catch (const std::exception& error) {
     self.fail_with(Error(ExitCode::plugin, cat("merger '", self.name_, "', block ", self.block_, ": ", error.what())));
+  } catch (...) {
+    self.fail_with(Error(ExitCode::plugin, cat("merger '", self.name_, "', block ", self.block_,
+                                               ": plan() threw something that is no std::exception")));
   }
   self.take_harmless_plan(task.batch);
 }

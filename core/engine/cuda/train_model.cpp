@@ -166,7 +166,7 @@ TrainLinear TrainModel::block_linear(const nn::Vit& model, int block, sdk::Linea
 }
 
 void TrainModel::add_merge(const nn::MergeSetup& setup, TrainBlock& block, int index, int kept) {
-  const auto recipe = setup.merger->recipe(index, setup.schedule, setup.learned);
+  const auto recipe = checked_recipe(setup, index, block.tokens, kept, config);
   if (!recipe)
     only_cpu(cat("merger '", setup.name, "'"),
              "it has a plan() and no recipe, and a plan of the host's is not trained "

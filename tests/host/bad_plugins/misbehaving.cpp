@@ -38,7 +38,28 @@ class Idle final : public TokenMerger {
     if (manner() == "refuses") pyra::fail(pyra::ExitCode::usage, "strength ", parameters.number("strength"), " is odd");
   }
 
+  [[nodiscard]] Needs needs() const override {
+    if (manner() == "needs_int") throw 7;
+    return {};
+  }
+  [[nodiscard]] Schedule resolve(const Schedule& schedule, const ModelShape& shape) const override {
+    if (manner() == "resolve_throws") throw std::out_of_range("no block 13");
+    if (manner() == "resolve_refuses") pyra::fail(pyra::ExitCode::usage, "'high' is too much");
+    Schedule resolved = TokenMerger::resolve(schedule, shape);
+    if (manner() == "resolve_halves") resolved.remove[0] = (resolved.remove[0] + 1) / 2;
+    return resolved;
+  }
+  [[nodiscard]] bool acts(int64_t tokens_in, int64_t tokens_out) const override {
+    return manner() != "never_acts" && TokenMerger::acts(tokens_in, tokens_out);
+  }
+  [[nodiscard]] std::vector<TensorDecl> declare(const ModelShape&, const Schedule&) const override {
+    if (manner() == "declares_twice") return {{.name = "scale", .shape = {1}}, {.name = "scale", .shape = {1}}};
+    if (manner() == "declares_much") return {{.name = "scale", .shape = {int64_t{1} << 40, int64_t{1} << 40}}};
+    return {};
+  }
+
   [[nodiscard]] MergePlan plan(const MergeInputs& in, const Schedule&) const override {
+    if (manner() == "plan_says_ok") pyra::fail(pyra::ExitCode::ok, "all fine");
     throw std::runtime_error("no plan for block " + std::to_string(in.block));
   }
 };
