@@ -168,6 +168,27 @@ TEST_CASE("a token of size two counts as two equal tokens on the GPU", "[gpu][at
   CHECK(max_difference(merged, full.narrow(1, 0, 6)) < 1e-5);
 }
 
+TEST_CASE("attention on the GPU says how many blocks report, and they do", "[gpu][attention]") {
+  PYRA_NEEDS_GPU();
+  const Shape shape{3, GENERATE(5, 64, 197, 300), 2, GENERATE(32, 64)};
+  const auto dtype = GENERATE(DType::bf16, DType::fp32);
+  CAPTURE(shape.tokens, shape.head_dim, int(dtype));
+  const at::Tensor qkv = qkv_of(shape, dtype);
+  const OnDevice input(qkv), count(at::zeros({1}, at::kInt));
+  const OnDevice out({shape.batch, shape.tokens, shape.heads * shape.head_dim}, qkv.scalar_type());
+  AttentionCall call = call_of(shape, dtype);
+  call.qkv = input.get();
+  call.out = out.get();
+  call.done = count.get<int>();
+  const int blocks = kernels::cuda::attention(call, nullptr);
+  CHECK(count.cpu().item<int>() == blocks);
+  CHECK(kernels::cuda::attention_overlaps(call) == (blocks > 0));
+  CHECK((blocks == 0 || blocks >= shape.batch * shape.heads));
+  CHECK(at::equal(out.cpu(), on_device(qkv, at::Tensor(), shape, dtype, false).out));
+  call.done = nullptr;
+  CHECK(kernels::cuda::attention(call, nullptr) == 0);
+}
+
 TEST_CASE("attention on the GPU refuses what it cannot do", "[gpu][attention]") {
   PYRA_NEEDS_GPU();
   const OnDevice memory({1, 4, 96}, at::kFloat);

@@ -19,6 +19,15 @@ namespace pyra::test {
   return found;
 }
 
+/// Whether Hopper's own ways are open: compute capability 9.0 exactly.
+[[nodiscard]] inline bool is_hopper() {
+  int device = 0, major = 0, minor = 0;
+  PYRA_CUDA(cudaGetDevice(&device));
+  PYRA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  PYRA_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return major == 9 && minor == 0;
+}
+
 /// First line of every test of this room: ctest counts a test that prints this as skipped (tests/CMakeLists.txt).
 #define PYRA_NEEDS_GPU()                                  \
   if (!::pyra::test::has_gpu()) {                         \

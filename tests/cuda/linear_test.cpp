@@ -52,17 +52,9 @@ struct Layer {
   LinearCall call;
 };
 
-bool is_hopper() {
-  int device = 0, major = 0, minor = 0;
-  PYRA_CUDA(cudaGetDevice(&device));
-  PYRA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  PYRA_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  return major == 9 && minor == 0;
-}
-
 #define PYRA_NEEDS_HOPPER()                                         \
   PYRA_NEEDS_GPU();                                                 \
-  if (!is_hopper()) {                                               \
+  if (!test::is_hopper()) {                                         \
     std::puts("skipped: no CUDA device of compute capability 9.0"); \
     return;                                                         \
   }
@@ -138,6 +130,34 @@ TEST_CASE("cuts that do not fit are refused", "[cuda][linear][gpu]") {
   refused(32, 0);
   refused(32, 5);   // of 12 chunks
   refused(32, 12);  // more than a cluster has
+}
+
+TEST_CASE("a layer of few rows waits for a tally", "[cuda][linear][gpu]") {
+  PYRA_NEEDS_HOPPER();
+  kernels::cuda::LinearRunner runner(nullptr);
+  const Layer layer(27, 768, 192, DType::bf16, DType::fp32, false);
+  const at::Tensor expected = layer.run([&](const LinearCall& call) { runner.run(call, nullptr); });
+  // x is written, and said to be, on another stream, when the layer has long been launched.
+  const OnDevice count(at::zeros({1}, at::kInt)), late(at::zeros_like(layer.x)), x(layer.x),
+      y(at::zeros_like(expected));
+  const OnDevice whole(at::full({1}, 3, at::kInt));
+  cudaStream_t waits = nullptr, writes = nullptr;
+  for (cudaStream_t* stream : {&waits, &writes}) PYRA_CUDA(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking));
+  PYRA_CUDA(cudaDeviceSynchronize());
+  LinearCall call = layer.call;
+  call.x = late.get();
+  call.y = y.get();
+  call.x_there = {count.get<int>(), 3};
+  REQUIRE(kernels::cuda::awaits_tally(call));
+  runner.run(call, waits);
+  CHECK(cudaStreamQuery(waits) == cudaErrorNotReady);
+  PYRA_CUDA(cudaMemcpyAsync(late.get(), x.get(), layer.x.nbytes(), cudaMemcpyDeviceToDevice, writes));
+  PYRA_CUDA(cudaStreamSynchronize(writes));
+  CHECK(cudaStreamQuery(waits) == cudaErrorNotReady);
+  PYRA_CUDA(cudaMemcpyAsync(count.get(), whole.get(), sizeof(int), cudaMemcpyDeviceToDevice, writes));
+  PYRA_CUDA(cudaStreamSynchronize(waits));
+  CHECK(at::equal(y.cpu(), expected));
+  for (cudaStream_t stream : {waits, writes}) PYRA_CUDA(cudaStreamDestroy(stream));
 }
 
 TEST_CASE("layers that start beside the end of the one before give what they give alone", "[cuda][linear][gpu]") {

@@ -157,11 +157,11 @@ size_t CudaEngine::choose_lane(int batch, bool beside) {
   return 0;
 }
 
-void CudaEngine::prepare(Lane& lane, int batch) {
+void CudaEngine::prepare(Lane& lane, int batch, bool beside) {
   lane.make_room(batch);
-  if (lane.captured(batch)) return;
+  if (lane.captured(batch, beside)) return;
   wait_for_lanes();
-  lane.capture(batch);
+  lane.capture(batch, beside);
 }
 
 void CudaEngine::wait_for_lanes() {
@@ -204,13 +204,13 @@ void CudaEngine::launch(const at::Tensor& images) {
   const bool beside = has_company(slot.batch);
   slot.lane = choose_lane(slot.batch, beside);
   Lane& lane = *lanes_[slot.lane];
-  prepare(lane, slot.batch);
+  prepare(lane, slot.batch, beside);
   const cudaStream_t stream = lane.stream();
   await_turn(slot.lane, beside);
   PYRA_CUDA(cudaStreamWaitEvent(stream, slot.copied, 0));
   PYRA_CUDA(cudaEventRecord(pass.begun, stream));
   read_images(slot, images);
-  lane.launch(slot.batch);
+  lane.launch(slot.batch, beside);
   PYRA_CUDA(cudaEventRecord(pass.done, stream));
   PYRA_CUDA(cudaMemcpyAsync(slot.host_logits.get(), lane.logits(),
                             size_t(slot.batch) * size_t(device_model_.config.num_classes) * sizeof(float),
@@ -275,10 +275,12 @@ at::Tensor CudaEngine::run(const at::Tensor& images) {
 std::vector<double> CudaEngine::time_ms(const at::Tensor& images, int64_t runs, int64_t in_flight) {
   check_idle("time_ms");
   const size_t lanes = lanes_taken(images.size(0), in_flight);
+  const bool beside = lanes > 1;
   // Plans, captures, and leaves the images in slots on the device, one for each lane.
   const int64_t first = submitted_;
   for (size_t i = 0; i < lanes; ++i) submit(images);
   while (collected_ < submitted_) (void)collect();
+  for (size_t i = 0; i < lanes; ++i) prepare(*lanes_[slot(first + int64_t(i)).lane], int(images.size(0)), beside);
   // A pass is timed from the end of the one before it on its lane; the last have company to their end.
   Marks marks(lanes + size_t(runs) + lanes - 1);
   for (size_t i = 0; i < marks.size(); ++i) {
@@ -286,7 +288,7 @@ std::vector<double> CudaEngine::time_ms(const at::Tensor& images, int64_t runs, 
     Lane& lane = *lanes_[slot.lane];
     if (i >= lanes) {
       read_images(slot, images);
-      lane.launch(slot.batch);
+      lane.launch(slot.batch, beside);
     }
     marks.record(i, lane.stream());
   }

@@ -46,7 +46,7 @@ class CudaEngine final : public Engine {
   [[nodiscard]] bool has_company(int batch);
   [[nodiscard]] bool fits(const Lane& lane, int batch, size_t leaves) const;
   [[nodiscard]] size_t choose_lane(int batch, bool beside);
-  void prepare(Lane& lane, int batch);
+  void prepare(Lane& lane, int batch, bool beside);
   void stage(Slot& slot, const at::Tensor& images);
   void launch(const at::Tensor& images);
   void await_turn(size_t lane, bool beside);

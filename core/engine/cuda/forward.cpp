@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "base/error.h"
-#include "kernels/cuda/attention.h"
 #include "kernels/cuda/embed.h"
 #include "kernels/cuda/layer_norm.h"
 #include "kernels/cuda/match.h"
@@ -16,6 +15,8 @@ namespace pyra::engine {
 namespace cuda = kernels::cuda;
 
 namespace {
+
+constexpr int kTalliesOfBlock = 2;
 
 /// `call` of this layer.
 cuda::LinearCall layer_call(const DeviceLinear& layer, cuda::LinearCall call) {
@@ -42,6 +43,7 @@ SpanPlan Activations::plan(const DeviceModel& model, int images) {
   add(class_rows, size_t(config.num_heads) * n * 4);
   for (DeviceSpan* span : {&pooled, &features}) add(*span, c * 4);
   add(logits, size_t(config.num_classes) * 4);
+  plan.add(tallies, model.blocks.size() * kTalliesOfBlock * sizeof(int), 0, 0);
   plan.place();
   return plan;
 }
@@ -61,10 +63,12 @@ size_t Activations::bytes_for(const DeviceModel& model, int batch) {
 struct Forward::State {
   int batch;
   const Activations& memory;
+  bool one_stream;  ///< matching goes in line, and what waits for it by a tally
   int tokens = 0;
-  int now = 0;          ///< of memory.stream and memory.sizes
-  bool merged = false;  ///< sizes are written, and differ from one
-  bool normed = false;  ///< memory.rows holds the next block's norm1 already
+  int now = 0;               ///< of memory.stream and memory.sizes
+  bool merged = false;       ///< sizes are written, and differ from one
+  bool normed = false;       ///< memory.rows holds the next block's norm1 already
+  cuda::Tally planned = {};  ///< of the block's plan; none where it is in front of the merge
 
   [[nodiscard]] void* x() const { return memory.stream[size_t(now)].get(); }
   [[nodiscard]] const float* sizes() const { return merged ? memory.sizes[size_t(now)].get<float>() : nullptr; }
@@ -126,21 +130,23 @@ void Forward::linear(const DeviceLinear& layer, cuda::LinearCall call, bool gelu
   if (gelu && !tanh) cuda::gelu_erf(call.y, call.result, int64_t(call.rows) * layer.out, main_);
 }
 
-/// A layer of a block: operands of the compute type, the result of that type or added to the residual stream.
-void Forward::block_linear(const char* name, const DeviceLinear& layer, const void* x, int rows, void* y,
-                           bool onto_stream, bool gelu) {
-  linear(layer,
-         {.x = x,
+/// Operands of the compute type, the result of that type or added to the residual stream.
+cuda::LinearCall Forward::rows_to_rows(const void* x, int rows, void* y, bool onto_stream) const {
+  return {.x = x,
           .residual = onto_stream ? y : nullptr,
           .y = y,
           .rows = rows,
           .compute = model_.types.compute,
           .result = onto_stream ? model_.types.residual : model_.types.compute,
-          .math = model_.types.tf32 ? cuda::MatrixMath::tf32 : cuda::MatrixMath::exact},
-         gelu);
-  const double compute = double(cuda::size_of(model_.types.compute)), in = layer.in, out = layer.out;
-  const double written = onto_stream ? 2.0 * double(cuda::size_of(model_.types.residual)) : compute;
-  mark(name, (rows * in + in * out) * compute + rows * out * written, 2.0 * rows * in * out);
+          .math = model_.types.tf32 ? cuda::MatrixMath::tf32 : cuda::MatrixMath::exact};
+}
+
+/// A layer of a block, rows_to_rows().
+void Forward::block_linear(const char* name, const DeviceLinear& layer, const cuda::LinearCall& call, bool gelu) {
+  linear(layer, call, gelu);
+  const double in = layer.in, out = layer.out, rows = call.rows;
+  const double moved = (call.residual ? 2.0 : 1.0) * double(cuda::size_of(call.result));
+  mark(name, (rows * in + in * out) * double(cuda::size_of(call.compute)) + rows * out * moved, 2.0 * rows * in * out);
 }
 
 void Forward::mark(const char* name, double bytes, double operations) {
@@ -168,7 +174,8 @@ void Forward::embed(State& state) {
   const int patches = int(config.patches());
   // The stream's other half is free until the first merge.
   void* embedded = state.memory.stream[1].get();
-  block_linear("patch embedding", model_.patch_embed, state.memory.wide.get(), state.batch * patches, embedded);
+  block_linear("patch embedding", model_.patch_embed,
+               rows_to_rows(state.memory.wide.get(), state.batch * patches, embedded, /*onto_stream=*/false));
   cuda::assemble_tokens({.embedded = embedded,
                          .prefix = model_.prefix,
                          .positions = model_.positions,
@@ -182,7 +189,9 @@ void Forward::embed(State& state) {
                          .norm_eps = float(config.norm_eps),
                          .y = state.memory.rows.get(),
                          .residual = model_.types.residual,
-                         .compute = model_.types.compute},
+                         .compute = model_.types.compute,
+                         .tallies = state.memory.tallies.get<int>(),
+                         .tally_count = int(model_.blocks.size()) * kTalliesOfBlock},
                         main_);
   state.tokens = int(config.tokens());
   state.normed = true;
@@ -190,60 +199,99 @@ void Forward::embed(State& state) {
                        (model_.types.row_bytes() + double(cuda::size_of(model_.types.compute))));
 }
 
-void Forward::attend(State& state, const DeviceBlock& block, bool class_rows) {
+cuda::AttentionCall Forward::attention(const State& state, bool class_rows) const {
   const nn::VitConfig& config = model_.config;
-  cuda::attention({.qkv = state.memory.wide.get(),
-                   .sizes = model_.proportional_attention ? state.sizes() : nullptr,
-                   .out = state.memory.rows.get(),
-                   .class_rows = class_rows ? state.memory.class_rows.get<float>() : nullptr,
-                   .batch = state.batch,
-                   .tokens = state.tokens,
-                   .heads = int(config.num_heads),
-                   .head_dim = int(config.embed_dim / config.num_heads),
-                   .dtype = model_.types.compute},
-                  main_);
-  const double elements = double(state.rows()) * double(config.embed_dim);
-  mark("attention", 4 * elements * double(cuda::size_of(model_.types.compute)), 4 * elements * state.tokens);
-  block_linear("proj", block.proj, state.memory.rows.get(), state.rows(), state.x(), /*onto_stream=*/true);
+  return {.qkv = state.memory.wide.get(),
+          .sizes = model_.proportional_attention ? state.sizes() : nullptr,
+          .out = state.memory.rows.get(),
+          .class_rows = class_rows ? state.memory.class_rows.get<float>() : nullptr,
+          .batch = state.batch,
+          .tokens = state.tokens,
+          .heads = int(config.num_heads),
+          .head_dim = int(config.embed_dim / config.num_heads),
+          .dtype = model_.types.compute};
 }
 
-/// Bipartite matching needs the keys alone, so it runs beside attention and projection; ranking needs both.
-void Forward::plan(State& state, const DeviceBlock& block) {
-  const nn::VitConfig& config = model_.config;
+int Forward::attend(const State& state, const cuda::AttentionCall& call) {
+  const int blocks = cuda::attention(call, main_);
+  const double elements = double(state.rows()) * double(model_.config.embed_dim);
+  mark("attention", 4 * elements * double(cuda::size_of(model_.types.compute)), 4 * elements * state.tokens);
+  return blocks;
+}
+
+cuda::LinearCall Forward::projection(const State& state) const {
+  return rows_to_rows(state.memory.rows.get(), state.rows(), state.x(), /*onto_stream=*/true);
+}
+
+/// Matching needs the keys alone, so it runs beside attention and projection: on a stream of its own or, where launches
+/// overlap anyway, in line with them (dependent.cuh), which joins no streams and so lets the merge start early. In line
+/// it stands behind attention if the projection can wait for that one's tally, and else in front of it.
+void Forward::attend_and_match(State& state, const DeviceBlock& block, int index) {
   const DeviceMerge& merge = *block.merge;
-  const Activations& memory = state.memory;
-  const int channels = int(config.embed_dim);
-  if (merge.kind == DeviceMerge::Kind::bipartite) {
+  cuda::AttentionCall attended = attention(state, /*class_rows=*/false);
+  cuda::LinearCall projected = projection(state);
+  if (!state.one_stream || !cuda::attention_overlaps(attended)) {
     const cudaStream_t stream = timer_ ? main_ : side_;
     PYRA_CUDA(cudaEventRecord(fork_, main_));
     PYRA_CUDA(cudaStreamWaitEvent(stream, fork_, 0));
-    cuda::match_bipartite({.qkv = memory.wide.get(),
-                           .batch = state.batch,
-                           .tokens = state.tokens,
-                           .heads = int(config.num_heads),
-                           .head_dim = int(config.embed_dim / config.num_heads),
-                           .dtype = model_.types.compute,
-                           .r = merge.merged,
-                           .protected_tokens = int(config.protected_tokens()),
-                           .in_side_a = merge.in_side_a,
-                           .keep = memory.keep.get<int32_t>(),
-                           .src = memory.src.get<int32_t>(),
-                           .dst = memory.dst.get<int32_t>(),
-                           .ahead = {{merge.gate_a, merge.merged},
-                                     {merge.gate_b, channels},
-                                     {merge.gate_weight, channels},
-                                     {merge.gate_bias, channels}}},
-                          stream);
+    match(state, merge, stream, nullptr, false);
     PYRA_CUDA(cudaEventRecord(join_, stream));
-    mark("match", double(state.rows()) * double(config.embed_dim) * double(cuda::size_of(model_.types.compute)));
-    return;
+    attend(state, attended);
+    block_linear("proj", block.proj, projected);
+    return PYRA_CUDA(cudaStreamWaitEvent(main_, join_, 0));
   }
+  int *attended_blocks = state.memory.tallies.get<int>() + index * kTalliesOfBlock, *plans = attended_blocks + 1;
+  if (cuda::awaits_tally(layer_call(block.proj, projected))) {
+    attended.done = attended_blocks;
+    const int blocks = attend(state, attended);
+    match(state, merge, main_, plans, /*qkv_is_there=*/blocks > 0);
+    if (blocks > 0) projected.x_there = {attended_blocks, blocks};
+  } else {
+    match(state, merge, main_, plans, /*qkv_is_there=*/false);
+    attended.qkv_is_there = true;
+    attend(state, attended);
+  }
+  block_linear("proj", block.proj, projected);
+  state.planned = {plans, state.batch};
+}
+
+/// ToMe's plan from the keys.
+void Forward::match(const State& state, const DeviceMerge& merge, cudaStream_t stream, int* done, bool qkv_is_there) {
+  const nn::VitConfig& config = model_.config;
+  const Activations& memory = state.memory;
+  const int channels = int(config.embed_dim);
+  cuda::match_bipartite({.qkv = memory.wide.get(),
+                         .batch = state.batch,
+                         .tokens = state.tokens,
+                         .heads = int(config.num_heads),
+                         .head_dim = int(config.embed_dim / config.num_heads),
+                         .dtype = model_.types.compute,
+                         .r = merge.merged,
+                         .protected_tokens = int(config.protected_tokens()),
+                         .in_side_a = merge.in_side_a,
+                         .keep = memory.keep.get<int32_t>(),
+                         .src = memory.src.get<int32_t>(),
+                         .dst = memory.dst.get<int32_t>(),
+                         .ahead = {{merge.gate_a, merge.merged},
+                                   {merge.gate_b, channels},
+                                   {merge.gate_weight, channels},
+                                   {merge.gate_bias, channels}},
+                         .done = done,
+                         .qkv_is_there = qkv_is_there},
+                        stream);
+  mark("match", double(state.rows()) * double(config.embed_dim) * double(cuda::size_of(model_.types.compute)));
+}
+
+/// DiffRate's plan, from the tokens behind attention and what the class token paid them.
+void Forward::rank(const State& state, const DeviceMerge& merge) {
+  const nn::VitConfig& config = model_.config;
+  const Activations& memory = state.memory;
   cuda::rank_tokens({.tokens = state.x(),
                      .class_rows = memory.class_rows.get<float>(),
                      .batch = state.batch,
                      .token_count = state.tokens,
                      .heads = int(config.num_heads),
-                     .channels = channels,
+                     .channels = int(config.embed_dim),
                      .dtype = model_.types.residual,
                      .prune = merge.prune,
                      .merge = merge.kept,
@@ -285,7 +333,8 @@ void Forward::merge(State& state, const DeviceBlock& block, int index) {
                        .norm_weight = block.norm2.weight,
                        .norm_bias = block.norm2.bias,
                        .norm_eps = float(model_.config.norm_eps),
-                       .y = memory.rows.get()};
+                       .y = memory.rows.get(),
+                       .plan_there = state.planned};
   if (HostPlanner* planner = planners_[size_t(index)].get())
     planner->enqueue({.stream = state.x(),
                       .sizes = state.sizes(),
@@ -301,32 +350,34 @@ void Forward::merge(State& state, const DeviceBlock& block, int index) {
   state.now = next;
   state.tokens = merge.kept;
   state.merged = true;
+  state.planned = {};
 }
 
 void Forward::mlp(State& state, const DeviceBlock& block) {
-  block_linear("fc1", block.fc1, state.memory.rows.get(), state.rows(), state.memory.wide.get(), /*onto_stream=*/false,
-               /*gelu=*/true);
-  block_linear("fc2", block.fc2, state.memory.wide.get(), state.rows(), state.x(), /*onto_stream=*/true);
+  void *rows = state.memory.rows.get(), *wide = state.memory.wide.get();
+  block_linear("fc1", block.fc1, rows_to_rows(rows, state.rows(), wide, /*onto_stream=*/false), /*gelu=*/true);
+  block_linear("fc2", block.fc2, rows_to_rows(wide, state.rows(), state.x(), /*onto_stream=*/true));
 }
 
 void Forward::block(State& state, const DeviceBlock& block, int index) {
-  const Activations& memory = state.memory;
-  if (!state.normed) norm(state, block.norm1, memory.rows.get());
+  void *rows = state.memory.rows.get(), *wide = state.memory.wide.get();
+  if (!state.normed) norm(state, block.norm1, rows);
   state.normed = false;
-  block_linear("qkv", block.qkv, memory.rows.get(), state.rows(), memory.wide.get());
-  if (!block.merge) {
-    attend(state, block, false);
-    norm(state, block.norm2, memory.rows.get());
-    return mlp(state, block);
+  block_linear("qkv", block.qkv, rows_to_rows(rows, state.rows(), wide, /*onto_stream=*/false));
+  if (block.merge && block.merge->kind == DeviceMerge::Kind::bipartite) {
+    attend_and_match(state, block, index);
+  } else {
+    const HostPlanner* planner = planners_[size_t(index)].get();
+    const bool ranked = block.merge && block.merge->kind == DeviceMerge::Kind::rank;
+    attend(state, attention(state, /*class_rows=*/planner ? planner->needs().class_attention : ranked));
+    block_linear("proj", block.proj, projection(state));
+    if (ranked) rank(state, *block.merge);
   }
-  const HostPlanner* planner = planners_[size_t(index)].get();
-  const bool bipartite = block.merge->kind == DeviceMerge::Kind::bipartite;
-  const bool class_rows = planner ? planner->needs().class_attention : !bipartite;
-  if (bipartite) plan(state, block);
-  attend(state, block, class_rows);
-  if (bipartite) PYRA_CUDA(cudaStreamWaitEvent(main_, join_, 0));
-  if (block.merge->kind == DeviceMerge::Kind::rank) plan(state, block);
-  merge(state, block, index);
+  if (block.merge) {
+    merge(state, block, index);
+  } else {
+    norm(state, block.norm2, rows);
+  }
   mlp(state, block);
 }
 
@@ -372,18 +423,37 @@ void Forward::head(State& state) {
   }
 }
 
-void Forward::enqueue(int batch, const Activations& activations, StageTimer* timer) {
-  if (batch < 1 || batch > activations.batch)
-    fail(ExitCode::internal, "forward: batch ", batch, ", planned for up to ", activations.batch);
+bool Forward::minds_company(int batch) const {
+  // Measured on an H200 (ViT-B, PYRA): matching in line gains 1 to 4 % up to 16 images, nothing from 32 on. In company
+  // it costs 1 to 8 %, for kernels that wait keep their multiprocessors.
+  constexpr int kMostInLine = 24;
+  return batch <= kMostInLine && std::ranges::any_of(model_.blocks, [](const DeviceBlock& block) {
+           return block.merge && block.merge->kind == DeviceMerge::Kind::bipartite;
+         });
+}
+
+void Forward::enqueue(int batch, const Activations& activations, bool beside) {
+  State state{.batch = batch, .memory = activations, .one_stream = !beside && minds_company(batch)};
+  enqueue(state);
+}
+
+void Forward::enqueue_timed(int batch, const Activations& activations, StageTimer& timer) {
+  State state{.batch = batch, .memory = activations, .one_stream = false};
+  timer_ = &timer;
+  timer.begin(main_);
+  enqueue(state);
+  timer_ = nullptr;
+}
+
+void Forward::enqueue(State& state) {
+  const int room = state.memory.batch;
+  if (state.batch < 1 || state.batch > room)
+    fail(ExitCode::internal, "forward: batch ", state.batch, ", planned for up to ", room);
   for (const auto& planner : planners_)
-    if (planner) planner->reserve(activations.batch);
-  State state{.batch = batch, .memory = activations};
-  timer_ = timer;
-  if (timer_) timer_->begin(main_);
+    if (planner) planner->reserve(room);
   embed(state);
   for (size_t i = 0; i < model_.blocks.size(); ++i) block(state, model_.blocks[i], int(i));
   head(state);
-  timer_ = nullptr;
 }
 
 }  // namespace pyra::engine

@@ -1,4 +1,4 @@
-// The forward pass as a sequence of kernels on one stream, with the matching beside it on another.
+// The forward pass as a sequence of kernels: on one stream, or with the matching beside it on another.
 #pragma once
 #include <array>
 #include <exception>
@@ -9,6 +9,7 @@
 #include "engine/cuda/host_planner.h"
 #include "engine/cuda/span_plan.h"
 #include "engine/cuda/stage_timer.h"
+#include "kernels/cuda/attention.h"
 #include "kernels/cuda/layer_norm.h"
 #include "kernels/cuda/linear.h"
 
@@ -29,6 +30,7 @@ struct Activations {
   DeviceSpan wide;                   ///< [B,N,max(3C, mlp)] compute type: q, k, v, hidden rows, image patches
   std::array<DeviceSpan, 2> sizes;   ///< [B,N] fp32
   DeviceSpan keep, src, dst, cosine, class_rows;
+  DeviceSpan tallies;                   ///< [blocks,2] int: of attention, of matching
   DeviceSpan pooled, features, logits;  ///< [B,C], [B,C], [B,classes] fp32
 
  private:
@@ -54,11 +56,14 @@ class Forward {
   [[nodiscard]] cudaStream_t stream() const { return main_; }
   /// Images to patches, in activations.wide.
   void read_images(const DeviceImages& images, int batch, const Activations& activations) const;
+  /// Whether a pass that shares the GPU is other kernels than one that has it alone; the results are the same bits.
+  [[nodiscard]] bool minds_company(int batch) const;
   /// Patches to logits. Neither allocates nor synchronises once every shape's matrix product has been chosen (the first
-  /// call with this batch), so it can be captured.
-  /// A timer sees each step alone: matching then waits its turn.
-  void enqueue(int batch, const Activations& activations, StageTimer* timer = nullptr);
-  /// What a third party's plan() threw first since the last call, be it in a pass that was not waited for yet, if
+  /// call with this batch), so it can be captured. `beside`: another pass shares the GPU.
+  void enqueue(int batch, const Activations& activations, bool beside);
+  /// Likewise, each step alone for the timer: matching waits its turn.
+  void enqueue_timed(int batch, const Activations& activations, StageTimer& timer);
+  /// What a third party's plan() threw since the last call, the first of the first block that failed, if
   /// anything.
   [[nodiscard]] std::exception_ptr take_failure();
 
@@ -66,15 +71,21 @@ class Forward {
   struct State;
   void embed(State& state);
   void block(State& state, const DeviceBlock& block, int index);
-  void attend(State& state, const DeviceBlock& block, bool class_rows);
-  void plan(State& state, const DeviceBlock& block);
+  void enqueue(State& state);
+  int attend(const State& state, const kernels::cuda::AttentionCall& call);
+  void attend_and_match(State& state, const DeviceBlock& block, int index);
+  void match(const State& state, const DeviceMerge& merge, cudaStream_t stream, int* done, bool qkv_is_there);
+  void rank(const State& state, const DeviceMerge& merge);
   void merge(State& state, const DeviceBlock& block, int index);
   void mlp(State& state, const DeviceBlock& block);
   void head(State& state);
   void classify(const kernels::cuda::LayerNormCall& features, const DeviceLinear& head, void* logits, bool add);
   void linear(const DeviceLinear& layer, kernels::cuda::LinearCall call, bool gelu = false);
-  void block_linear(const char* name, const DeviceLinear& layer, const void* x, int rows, void* y,
-                    bool onto_stream = false, bool gelu = false);
+  void block_linear(const char* name, const DeviceLinear& layer, const kernels::cuda::LinearCall& call,
+                    bool gelu = false);
+  [[nodiscard]] kernels::cuda::LinearCall rows_to_rows(const void* x, int rows, void* y, bool onto_stream) const;
+  [[nodiscard]] kernels::cuda::LinearCall projection(const State& state) const;
+  [[nodiscard]] kernels::cuda::AttentionCall attention(const State& state, bool class_rows) const;
   void mark(const char* name, double bytes, double operations = 0);
   void norm(State& state, const DeviceNorm& weights, void* y);
 

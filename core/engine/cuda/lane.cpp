@@ -21,13 +21,13 @@ void Lane::make_room(int images) {
   activations_ = Activations(model_, images);
 }
 
-void Lane::capture(int images) {
+void Lane::capture(int images, bool beside) {
   // Once without a graph: matrix products choose their algorithms, kernels set their attributes.
-  forward_.enqueue(images, activations_);
+  forward_.enqueue(images, activations_, beside);
   PYRA_CUDA(cudaStreamSynchronize(stream()));
   check_host_plans();
   if (cache_) cache_->save();
-  graphs_.emplace(images, Graph(stream(), [&] { forward_.enqueue(images, activations_); }));
+  graphs_.emplace(key(images, beside), Graph(stream(), [&] { forward_.enqueue(images, activations_, beside); }));
 }
 
 void Lane::read_images(const DeviceImages& source, int images) {
@@ -38,8 +38,8 @@ void Lane::check_host_plans() {
   if (const std::exception_ptr failure = forward_.take_failure()) std::rethrow_exception(failure);
 }
 
-void Lane::launch(int images) {
-  graphs_.at(images).launch(stream());
+void Lane::launch(int images, bool beside) {
+  graphs_.at(key(images, beside)).launch(stream());
 }
 
 }  // namespace pyra::engine

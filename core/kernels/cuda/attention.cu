@@ -295,10 +295,16 @@ void check(const AttentionCall& call) {
 
 }  // namespace
 
-void attention(const AttentionCall& call, cudaStream_t stream) {
+bool attention_overlaps(const AttentionCall& call) {
+  return attention_sm90_takes(call);
+}
+
+int attention(const AttentionCall& call, cudaStream_t stream) {
   check(call);
-  if (call.batch == 0 || attention_sm90(call, stream)) return;
+  if (call.batch == 0) return 0;
+  if (const int blocks = attention_sm90(call, stream)) return call.done ? blocks : 0;
   with_type(call.dtype, [&]<class T>(T) { run_type<T>(call, stream); });
+  return 0;
 }
 
 }  // namespace pyra::kernels::cuda

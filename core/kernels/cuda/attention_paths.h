@@ -4,9 +4,13 @@
 
 namespace pyra::kernels::cuda {
 
-/// Hopper's way (compute capability 9.0 exactly): 2-byte types, heads of 64 channels, up to 256 tokens. False where it
-/// does not take a call, which depends on these and the device alone, never on the batch. A device that
-/// PYRA_CUDA_SHARED_MEMORY makes stand for a smaller one counts as that smaller one. The call has been checked.
-[[nodiscard]] bool attention_sm90(const AttentionCall& call, cudaStream_t stream);
+/// Whether Hopper's way (compute capability 9.0 exactly) takes a call: 2-byte types, heads of 64 channels, up to 256
+/// tokens; it depends on these and the device alone, never on the batch. A device that PYRA_CUDA_SHARED_MEMORY makes
+/// stand for a smaller one counts as that smaller one.
+[[nodiscard]] bool attention_sm90_takes(const AttentionCall& call);
+
+/// The call, which has been checked, that way: how many blocks do it, or 0 and nothing done where the way does not take
+/// it or the program does not hold the kernel for this device.
+[[nodiscard]] int attention_sm90(const AttentionCall& call, cudaStream_t stream);
 
 }  // namespace pyra::kernels::cuda

@@ -29,11 +29,15 @@
 namespace pyra::kernels::cuda {
 namespace {
 
+constexpr int kMostTokens = 256;  // whose keys a wgmma, or two, multiply at once
+
 struct HopperJob {
   CUtensorMap all_keys, some_queries;  ///< qkv as [image, row, channel], in boxes of a head's keys and of a tile
   const float* sizes;
   void* out;
   float *class_rows, *log_sum;
+  int* done;
+  bool qkv_is_there;
   int tokens, heads, splits;
   float scale;  ///< of a product, to powers of two
 };
@@ -221,8 +225,9 @@ __global__ void __launch_bounds__(kGroup, Blocks) attend_hopper(const __grid_con
     start_barrier(queries_there);
     publish_barriers();
   }
-  admit_next();
-  await_earlier();
+  if (job.done == nullptr) admit_next();
+  if (!job.qkv_is_there) await_earlier();
+  if (job.done != nullptr) admit_next();  // and vouches for qkv
   HopperSizes<Keys> sizes;
   sizes.load(job, image);
   if (threadIdx.x == 0) {
@@ -263,6 +268,7 @@ __global__ void __launch_bounds__(kGroup, Blocks) attend_hopper(const __grid_con
       store_half(to, out, half, rows.sum[half], wanted && row < job.tokens);
     }
   }
+  report_block(job.done);
 }
 
 #else
@@ -274,8 +280,8 @@ __global__ void __launch_bounds__(kWarp) attend_hopper(const __grid_constant__ H
 #endif
 
 template <class T, int Keys, bool Sized, int Blocks = blocks_for(Keys)>
-bool launch_hopper(const AttentionCall& call, int processors, cudaStream_t stream) {
-  if (!prepare_hopper<&attend_hopper<T, Keys, Sized, Blocks>>()) return false;
+int launch_hopper(const AttentionCall& call, int processors, cudaStream_t stream) {
+  if (!prepare_hopper<&attend_hopper<T, Keys, Sized, Blocks>>()) return 0;
   const int64_t heads = int64_t(call.batch) * call.heads;
   const int tiles = (call.tokens + kTile - 1) / kTile;
   const int splits = int(std::clamp<int64_t>(int64_t{Blocks} * processors / heads, 1, tiles));
@@ -291,35 +297,41 @@ bool launch_hopper(const AttentionCall& call, int processors, cudaStream_t strea
                       call.out,
                       call.class_rows,
                       call.log_sum,
+                      call.done,
+                      call.qkv_is_there,
                       call.tokens,
                       call.heads,
                       splits,
                       scale};
   launch_dependent<&attend_hopper<T, Keys, Sized, Blocks>>(
       {dim3(unsigned(heads * splits)), kGroup, size_t(HopperShape<Keys>::kShared)}, stream, job);
-  return true;
+  return int(heads * splits);
 }
 
 /// With the least room for keys that is enough.
 template <class T, int Keys, int... More>
-bool launch_least(const AttentionCall& call, int processors, cudaStream_t stream) {
+int launch_least(const AttentionCall& call, int processors, cudaStream_t stream) {
   if (call.tokens <= Keys) {
     return call.sizes == nullptr ? launch_hopper<T, Keys, false>(call, processors, stream)
                                  : launch_hopper<T, Keys, true>(call, processors, stream);
   }
   if constexpr (sizeof...(More) > 0) return launch_least<T, More...>(call, processors, stream);
-  return false;
+  return 0;
 }
 
 }  // namespace
 
-bool attention_sm90(const AttentionCall& call, cudaStream_t stream) {
-  if (call.dtype == DType::fp32 || call.head_dim != kHeadDim) return false;
-  const HopperDevice device = hopper_device();
-  if (!device.usable || shared_memory_limit() < 200 << 10) return false;
+bool attention_sm90_takes(const AttentionCall& call) {
+  return call.dtype != DType::fp32 && call.head_dim == kHeadDim && call.tokens <= kMostTokens &&
+         hopper_device().usable && shared_memory_limit() >= 200 << 10;
+}
+
+int attention_sm90(const AttentionCall& call, cudaStream_t stream) {
+  if (!attention_sm90_takes(call)) return 0;
+  const int processors = hopper_device().processors;
   if (call.dtype == DType::bf16)
-    return launch_least<__nv_bfloat16, 32, 48, 64, 80, 96, 128, 160, 208, 256>(call, device.processors, stream);
-  return launch_least<__half, 32, 48, 64, 80, 96, 128, 160, 208, 256>(call, device.processors, stream);
+    return launch_least<__nv_bfloat16, 32, 48, 64, 80, 96, 128, 160, 208, kMostTokens>(call, processors, stream);
+  return launch_least<__half, 32, 48, 64, 80, 96, 128, 160, 208, kMostTokens>(call, processors, stream);
 }
 
 }  // namespace pyra::kernels::cuda

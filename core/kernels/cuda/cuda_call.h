@@ -13,6 +13,13 @@ enum class DType { fp32, bf16, fp16 };
   return dtype == DType::fp32 ? 4 : 2;
 }
 
+/// A count in device memory that the blocks of a kernel add to, and that a later one waits for instead of for all that
+/// is in front of it in the stream (dependent.cuh). 0 where a pass begins.
+struct Tally {
+  int* count = nullptr;  ///< null: none
+  int whole = 0;         ///< the count that is waited for
+};
+
 /// To the next multiple of `step`.
 [[nodiscard]] constexpr int round_up(int value, int step) {
   return (value + step - 1) / step * step;

@@ -7,6 +7,12 @@
 // activations must, and must not read them by __ldg or through __restrict__: that says they are read-only as long as
 // the kernel lives, and it lives already while they are written. A pass begins with a kernel that is launched plainly
 // (extract_patches) or with a graph, so what the pass before it changed, parameters included, is there for all.
+//
+// A kernel that says admit_next() only after await_earlier() vouches for what it waited for: the kernel behind it may
+// read that without waiting, and so runs beside it. What such neighbours write is waited for by tallies: attention,
+// matching and the projection of few images are so all under way at once, in one stream (Forward::attend_and_match).
+// A tally's blocks have all started before the kernel that waits for it can, so they will end; and whoever has waited
+// for the tallies and for the kernel in front of it has waited for all.
 #pragma once
 #include "kernels/cuda/device.cuh"
 
@@ -23,6 +29,23 @@ __device__ __forceinline__ void await_earlier() {
 __device__ __forceinline__ void admit_next() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// By all threads of a block that have written what others wait for: one more in the tally. Null: none waits.
+[[maybe_unused]] __device__ __forceinline__ void report_block([[maybe_unused]] int* count) {
+#if __CUDA_ARCH__ >= 900
+  if (count == nullptr) return;
+  __syncthreads();
+  if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
+#endif
+}
+
+/// By one thread, or by one of each warp before a __syncwarp(). Where blocks report nothing, launches do not overlap.
+[[maybe_unused]] __device__ __forceinline__ void await_tally([[maybe_unused]] const Tally& tally) {
+#if __CUDA_ARCH__ >= 900
+  for (int count = 0; count < tally.whole;)
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(tally.count) : "memory");
 #endif
 }
 

@@ -158,6 +158,8 @@ __global__ void __launch_bounds__(kTokenWarps* kWarp) assemble_kernel(const Asse
   fetch_ahead(call.norm_bias, channels);
   admit_next();
   await_earlier();
+  if (blockIdx.y == 0)
+    for (int i = token * kWarp + lane; i < call.tally_count; i += tokens * kWarp) call.tallies[i] = 0;
   float rows[kImages][kValues];
   const float* added = patch < 0 ? call.prefix + int64_t(token) * channels : call.positions + int64_t(patch) * channels;
   const auto* embedded = static_cast<const Compute*>(call.embedded);

@@ -24,6 +24,7 @@ struct AssembleCall {
   float norm_eps = 1e-6f;
   void* y = nullptr;  ///< LayerNorm of x, of `compute`
   DType residual = DType::fp32, compute = DType::bf16;
+  int *tallies = nullptr, tally_count = 0;  ///< of the pass: set to 0
 };
 /// Prefix tokens and embedded patches with their positions, and the first block's LayerNorm, in one pass.
 void assemble_tokens(const AssembleCall& call, cudaStream_t stream);

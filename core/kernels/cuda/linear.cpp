@@ -244,6 +244,10 @@ LinearRunner::Plan& LinearRunner::plan_of(const LinearCall& call, cudaStream_t s
   return *plan;
 }
 
+bool awaits_tally(const LinearCall& call) {
+  return small_linear_cut(call).rows > 0;
+}
+
 void LinearRunner::run(const LinearCall& call, cudaStream_t stream) {
   if (call.rows < 1 || call.in < 1 || call.out < 1)
     fail(ExitCode::internal, "linear: [", call.rows, ",", call.in, "] x [", call.out, ",", call.in, "]ᵀ");

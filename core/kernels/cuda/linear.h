@@ -42,7 +42,13 @@ struct LinearCall {
   DType compute = DType::bf16, result = DType::bf16;
   MatrixMath math = MatrixMath::exact;
   Epilogue epilogue = Epilogue::none;
+  /// Where awaits_tally(): x is written once this is whole, and what was written before x is there when the launch is
+  /// admitted. Other ways wait for all that is in front in the stream.
+  Tally x_there = {};
 };
+
+/// Whether LinearRunner::run() goes a way that heeds x_there.
+[[nodiscard]] bool awaits_tally(const LinearCall& call);
 
 /// One per stream: two matrix products at the same time would share the workspace.
 class LinearRunner {

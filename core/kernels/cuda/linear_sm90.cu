@@ -41,6 +41,7 @@ struct SmallLinearJob {
   CUtensorMap weight, x;  ///< in boxes of 64 features and of a block's rows
   const void *bias, *residual;
   void* y;
+  Tally x_there;  ///< without one: when the kernel in front has ended
   int rows, out, chunks, splits;
   bool wide;  ///< bias, residual and y are fp32, else of the operands' type
   bool gelu;
@@ -117,7 +118,7 @@ class Reduction {
     end_ = min(count, (split + 1) * share);
     load_four<T>(job, job.bias, first_feature + quad() * 4, bias_);
   }
-  /// What the thread's next row will be added to. After await_earlier().
+  /// What the thread's next row will be added to. Once this is written.
   __device__ __forceinline__ void load_residual() {
     if (row_ < end_) load_four<T>(job_, job_.residual, at_ + int64_t(row_) * job_.out, residual_);
   }
@@ -187,9 +188,14 @@ __global__ void __launch_bounds__(kThreads) small_linear(const __grid_constant__
     fetch_map(&job.x);
   }
   Reduction<T, Rows> reduction(job, split, first_row, first_feature);
+  const bool tallied = job.x_there.count != nullptr;
   admit_next();
-  await_earlier();
+  if (!tallied) await_earlier();
   if (threadIdx.x == 0) {
+    if (tallied) {
+      await_tally(job.x_there);
+      publish_memory();
+    }
     for (int chunk = 0; chunk < job.chunks; ++chunk) {
       expect_bytes(x_there + chunk, Rows * kChunkBytes);
       copy_box(x + chunk * Rows * kChunkBytes, &job.x, (first_chunk + chunk) * kBoxChannels, first_row, 0,
@@ -236,6 +242,7 @@ bool launch(const LinearCall& call, int splits, cudaStream_t stream) {
                            call.bias,
                            call.residual,
                            call.y,
+                           call.x_there,
                            call.rows,
                            call.out,
                            chunks,

@@ -297,12 +297,13 @@ __device__ void write_plan(const Shape& shape, Counts counts, const uint64_t* or
 template <class T, int kRows, int kColumns>
 __global__ void __launch_bounds__(kThreads, 2)
     match_kernel(const T* qkv, Shape shape, Layout at, const uint8_t* in_side_a, int32_t* keep, int32_t* src,
-                 int32_t* dst, const Ahead ahead) {
+                 int32_t* dst, const Ahead ahead, int* done, bool qkv_is_there) {
   extern __shared__ __align__(16) unsigned char shared[];
   const auto floats = [&](int offset) { return reinterpret_cast<float*>(shared + offset); };
   const auto longs = [&](int offset) { return reinterpret_cast<uint64_t*>(shared + offset); };
   const auto shorts = [&](int offset) { return reinterpret_cast<uint16_t*>(shared + offset); };
-  admit_next();
+  const bool vouches = done != nullptr && !qkv_is_there;  // for qkv, to attention
+  if (!vouches) admit_next();
   const int rank = int(blockIdx.x) % shape.cluster, cluster = shape.cluster;
   const int64_t image = int(blockIdx.x) / shape.cluster;
   uint16_t *list_a = shorts(at.list_a), *list_b = shorts(at.list_b);
@@ -310,7 +311,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (const auto& parameters : ahead.parameters)
     if (parameters.data != nullptr) fetch_ahead(parameters.data, parameters.count);
-  await_earlier();
+  if (!qkv_is_there) await_earlier();
+  if (vouches) admit_next();
 
   if (shape.r > 0 && counts.b > 0) {
     const int share = (counts.a + cluster - 1) / cluster;
@@ -346,10 +348,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     barrier(cluster);
   }
-  if (rank != 0) return;
-  write_plan(shape, counts, longs(at.order), shorts(at.column), list_a, list_b,
-             reinterpret_cast<uint32_t*>(shared + at.leaves), reinterpret_cast<uint32_t*>(shared + at.partial),
-             keep + image * (shape.keys.tokens - shape.r), src + image * shape.r, dst + image * shape.r);
+  if (rank == 0) {
+    write_plan(shape, counts, longs(at.order), shorts(at.column), list_a, list_b,
+               reinterpret_cast<uint32_t*>(shared + at.leaves), reinterpret_cast<uint32_t*>(shared + at.partial),
+               keep + image * (shape.keys.tokens - shape.r), src + image * shape.r, dst + image * shape.r);
+    report_block(done);
+  }
+  if (qkv_is_there) await_earlier();  // so that what waits for this launch has waited for the one in front
 }
 
 template <class T>
@@ -418,7 +423,8 @@ void launch(const MatchCall& call, Shape shape, Counts most, cudaStream_t stream
   std::ranges::copy(call.ahead, ahead.parameters);
   launch_dependent<&match_kernel<T, kRows, kColumns>>(
       {dim3(unsigned(call.batch * shape.cluster)), kSearchThreads, size_t(at.bytes), shape.cluster}, stream,
-      static_cast<const T*>(call.qkv), shape, at, call.in_side_a, call.keep, call.src, call.dst, ahead);
+      static_cast<const T*>(call.qkv), shape, at, call.in_side_a, call.keep, call.src, call.dst, ahead, call.done,
+      call.qkv_is_there);
 }
 
 }  // namespace

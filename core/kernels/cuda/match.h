@@ -19,6 +19,8 @@ struct MatchCall {
     const float* data = nullptr;
     int count = 0;
   } ahead[4] = {};
+  int* done = nullptr;        ///< a Tally's count or null: one more for every image whose plan is written
+  bool qkv_is_there = false;  ///< for attention with a tally is in front in the stream: it need not be waited for
 };
 
 /// Cosines in fp32 (fused multiply-add over d in order, a zero vector's cosine is 0, one that is not finite is chosen

@@ -190,14 +190,27 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   fetch_ahead(call.norm_weight, S::channels(call));
   fetch_ahead(call.norm_bias, S::channels(call));
   if (gated && warp == S::kWarps - 1) share_gate_terms<S>(call, s, lane);
+  const auto fetch_first = [&] {
+    if constexpr (S::kLone) {
+      const int first = begin + warp;
+      if (gated && first < end) fetch_row<S>(row_of<S>(call, image, kept_token(first)), S::channels(call), lane);
+    }
+  };
   admit_next();
-  await_earlier();
-  stage_image<S>(call, image, s);
-  if constexpr (S::kLone) {
-    const int first = begin + warp;
-    if (gated && first < end) fetch_row<S>(row_of<S>(call, image, kept_token(first)), S::channels(call), lane);
+  const bool tallied = call.plan_there.count != nullptr;
+  if (tallied) {  // x may still be on its way
+    if (lane == 0) await_tally(call.plan_there);
+    __syncwarp();
+  } else {
+    await_earlier();
   }
+  stage_image<S>(call, image, s);
+  if (!tallied) fetch_first();
   stage_plan<S>(call, image, s, begin, end);
+  if (tallied) {
+    await_earlier();
+    fetch_first();
+  }
   if (gated) compute_gates<S>(call, image, s, together, warp, lane);
 #pragma unroll 1
   for (int k = begin + warp; k < end; k += S::kWarps) merge_row<S>(call, image, s, k, kept_token(k), lane);

@@ -29,6 +29,7 @@ struct MergeCall {
   /// For the way back, both or neither: [B,K,C] of `compute` = (x_out - mean) / deviation, and [B,K] 1 / deviation.
   void* normalised = nullptr;
   float* inverse_deviation = nullptr;
+  Tally plan_there = {};  ///< keep, src and dst are written once this is whole; none: with all that is in front
 };
 
 /// Everything is summed in fp32 in the order of the plan, so results are bit-equal from run to run and whatever the

@@ -71,7 +71,7 @@ __device__ __forceinline__ void gate_pair(const MergeCall& call, int image, cons
   if (lane < kSharers) of_block(s.token_gate(), lane, kSharers)[i] = gate_of(product);
 }
 
-/// 1 + w1 of the channel at `own` from the sum over pairs of a p.
+/// w1 of the channel at `own` from the sum over pairs of a p.
 template <class S>
 __device__ __forceinline__ float channel_gate(const MergeCall& call, const Shared<S>& s, int own, float sum) {
   const int c = channel_of<S>(own / 4 / kWarp, own / 4 % kWarp) + own % 4;

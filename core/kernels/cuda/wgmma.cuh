@@ -40,6 +40,11 @@ __device__ __forceinline__ void publish_stores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/// Makes what this thread has been told of known to the copy engine, in global memory.
+__device__ __forceinline__ void publish_memory() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 /// A warp's 16x16 block, as mma.sync's left operand has it, to columns 16 * `block` and on of its 16 rows. These start
 /// at `rows`, 128 bytes each, swizzled as describe() wants them; rows before them to the next 1024 bytes: a multiple of
 /// 8.
