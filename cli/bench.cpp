@@ -214,8 +214,9 @@ void add_what(CLI::App& command, tasks::BenchSettings& settings) {
 
 void add_how(CLI::App& command, tasks::BenchSettings& settings) {
   command
-      .add_option("--repetitions", settings.repetitions,
-                  "Rounds over all rows (default: 9 to 40, until the noise is below 1% or --max-time is over)")
+      .add_option(
+          "--repetitions", settings.repetitions,
+          "Rounds over all rows (default: 9 to 40, until the noise is below 1%; from 3 on --max-time ends them)")
       ->type_name("N")
       ->check(CLI::Range(1, 10000));
   command.add_option("--min-time", settings.min_time, "Seconds that a repetition lasts at least")

@@ -85,7 +85,7 @@ void add_common_options(CLI::App& app, Session& session) {
       ->group(group);
   add_repeatable(app, "--set", globals.set, "Override a key of the recipe or the model; may be repeated", "KEY=VALUE");
   add_repeatable(app, "--plugin-path", globals.plugin_path, "Look for plugins here first; may be repeated", "DIR");
-  app.add_option("--threads", globals.threads, "Default: $PYRA_THREADS, else the physical cores")
+  app.add_option("--threads", globals.threads, "Default: $PYRA_THREADS, else $OMP_NUM_THREADS, else the physical cores")
       ->type_name("N")
       ->check(CLI::Range(1, 4096).description(""))
       ->group(group);

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The whole chain on real images, under 4 minutes on two cores, without a network: what `make demo` runs.
+# The whole chain on real images, some 4 minutes on two cores, without a network: what `make demo` runs.
 #
 # A ViT-Ti/8 (112 px, 196 patches) pretrained on Tiny-ImageNet learns Fashion-MNIST from 1000 images, twice, with the
 # same 60 s of training: dense with LoRA, and with PYRA merging away tokens (`high`), which trains over three times as

@@ -7,7 +7,7 @@
 
 namespace pyra {
 
-/// Exit codes of `pyractl`; docs/architecture.md keeps them stable.
+/// Exit codes of `pyractl`; the README keeps them stable.
 enum class ExitCode : int {
   ok = 0,
   internal = 1,      ///< a bug of ours

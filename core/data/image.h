@@ -33,7 +33,7 @@ inline constexpr int64_t kMaxImagePixels = 100'000'000;
 [[nodiscard]] Image resize_bicubic(const Image& image, int64_t height, int64_t width);
 
 /// Squash, or shorter side and centre crop: [size,size,3] uint8. Error(input) when the crop exceeds the shorter side.
-/// One picture for a model: normalise(prepare(decode(bytes, name), preprocess)), see loader.h.
+/// One picture for a model: normalise(prepare(decode(bytes, name), preprocess)), nn/preprocess.h.
 [[nodiscard]] Image prepare(const Image& image, const nn::Preprocess& preprocess);
 
 /// The image as a PNG file's bytes: 8 bits a channel, RGB, nothing lost.

@@ -51,8 +51,9 @@ CudaLibrary::CudaLibrary() {
   }
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) {
-    absent_because_ = cat("the CUDA part does not load: ", dlerror(),
-                          "; it needs cuBLASLt 13 (CUDA Toolkit 13, or the PyPI package nvidia-cublas)");
+    absent_because_ =
+        cat("the CUDA part does not load: ", dlerror(),
+            "; it needs the cuBLASLt of the CUDA Toolkit it was built with (or the PyPI package nvidia-cublas)");
     return;
   }
   const auto entry = reinterpret_cast<const CudaApi* (*)()>(dlsym(library, kCudaEntry));

@@ -43,7 +43,8 @@ struct ReadModelOptions {
 /// Reads ours, timm's, Google's .npz (augreg_model.h), or a folder of the Hugging Face hub (hf_model.h,
 /// timm_folder.h); Error(input) names file, tensor, got,
 /// expected. Half-precision weights become fp32. A config is inferred from shapes where no metadata says it (heads:
-/// from the architecture named in the metadata, else embed_dim / 64). A pickle is never read here (torch_file.h).
+/// as the metadata say, or the architecture they name, or a published model of that size; else of 64 channels). A
+/// pickle is never read here (torch_file.h).
 [[nodiscard]] ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& options = {});
 
 /// A model from tensors with timm's names, `options.image_size` left aside: the road of every file but ours and Hugging

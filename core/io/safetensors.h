@@ -1,5 +1,5 @@
 // safetensors, read strictly: every count is bounded by a constant and by the file's size before it is used.
-// Format and limits: docs/formats in facts of the format's own specification (huggingface/safetensors).
+// Format and limits: the format's own specification (huggingface/safetensors).
 #pragma once
 #include <ATen/core/Tensor.h>
 

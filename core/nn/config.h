@@ -75,7 +75,7 @@ inline constexpr int64_t kMaxDepth = 256, kMaxEmbedDim = 16384, kMaxImageSize = 
 /// named as the ViT that it is.
 [[nodiscard]] std::string arch_name(const VitConfig& config);
 
-/// Multiply-adds of one image. tokens_after is the count leaving each block, or empty for dense. (methods.md:
+/// Multiply-adds of one image. tokens_after is the count leaving each block, or empty for dense. (The sum:
 /// patch embedding N·C·3P², N with the class token, + per block 4NC² + 2N²C before the reduction and 2·N'·C·mlp after +
 /// classifier.)
 [[nodiscard]] int64_t count_macs(const VitConfig& config, const std::vector<int64_t>& tokens_after = {});

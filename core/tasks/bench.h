@@ -22,7 +22,7 @@ namespace pyra::tasks {
                                      const host::PluginRegistry& plugins, const CompareOptions& options,
                                      Progress& progress = silent_progress());
 
-/// "cpu" or "cuda:i": --device auto means the CPU where a row trains, which this version does there only.
+/// "cpu" or "cuda:i", as resolve_device() says.
 [[nodiscard]] std::string resolve_bench_device(const BenchSettings& settings);
 
 /// What a base was measured with, with this run's threads and dtype as the base resolved them.

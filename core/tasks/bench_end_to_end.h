@@ -1,4 +1,4 @@
-// Rows of the whole way: from image files to labels, decoding and computing overlapped, as eval and predict do it.
+// Rows of the whole way: from image files to labels, decoding and computing overlapped, as eval does it.
 #pragma once
 #include <memory>
 

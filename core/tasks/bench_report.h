@@ -13,7 +13,6 @@
 
 namespace pyra::tasks {
 
-/// What to measure and how long. Kept in the result, so that a comparison can measure the same again.
 /// What is measured: one batch after another; batches in flight, as eval has them; training steps; from encoded files
 /// to labels.
 inline constexpr std::array<std::string_view, 4> kBenchModes{"infer", "throughput", "train", "e2e"};
@@ -64,7 +63,7 @@ struct BenchMachine {
 /// One configuration. Times are milliseconds per iteration, an iteration is one batch.
 struct BenchRow {
   std::string
-      name{};  ///< infer|train|e2e/<arch>[@resolution]/<merge>-<schedule>|dense[+peft]/<device>/<dtype>/b<batch>
+      name{};  ///< infer|throughput|train|e2e/<arch>[@resolution]/<merge>-<schedule>|dense[+peft]/<device>/<dtype>/b<batch>
   int64_t batch = 1;
   int64_t iterations = 0;                   ///< in each repetition
   std::vector<double> real_ms{}, cpu_ms{};  ///< one entry a repetition, in the order taken; cpu: all threads together

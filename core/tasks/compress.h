@@ -18,7 +18,7 @@ struct CompressOptions {
   RunOptions run;
   std::string merge;  ///< the merger's name
   /// Exactly one of the three.
-  std::string schedule;                  ///< as design.md: low, high, N, N@inflection, a,b,c, file.toml
+  std::string schedule;                  ///< low, high, N, N@inflection, a,b,c, file.toml
   std::string target_macs;               ///< "0.5" of the dense model's, or an absolute count
   std::optional<double> target_speedup;  ///< measured, over the dense model
   /// DiffRate's counts for `target_macs`, trained on data; else a target is searched for as below.

@@ -32,7 +32,8 @@ struct Machine {
 [[nodiscard]] std::string libtorch_version();
 
 /// Threads for LibTorch and the kernels: `threads` when positive, else $PYRA_THREADS, else $OMP_NUM_THREADS, else
-/// the physical cores this process may use. Error(usage) when the variable is no number from 1 to 4096.
+/// the physical cores this process may use, as far as its control group lets it. Error(usage) when the variable is no
+/// number from 1 to 4096.
 void set_threads(int threads);
 
 /// Of a file of /proc or /sys; "" where there is none.

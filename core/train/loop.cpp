@@ -10,8 +10,8 @@
 namespace pyra::train {
 namespace {
 
-/// How far a GPU may be behind: enough that it never waits for the loop, few enough that a run which diverges stops
-/// soon.
+/// Steps from one look at the losses to the next: so many that waiting for them does not show, few enough that a run
+/// which diverges stops soon.
 constexpr int64_t kStepsAhead = 32;
 
 int64_t steps_in(const data::StoredSet& images, int64_t batch) {

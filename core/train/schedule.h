@@ -1,4 +1,4 @@
-// The learning rate of an epoch: linear warm-up, then a cosine, stepped by epoch (methods.md, "Training as published").
+// The learning rate of an epoch: linear warm-up, then a cosine, stepped by epoch (as published: arXiv 2403.09192).
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
 // Training on a GPU: one captured graph a step, from the choice of images to changed weights. The host only says which
-// images and which rates, some steps ahead; it never waits within an epoch.
+// images and which rates, up to eight steps ahead of it.
 #pragma once
 #include <array>
 #include <memory>

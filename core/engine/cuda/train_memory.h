@@ -14,7 +14,7 @@ struct BlockMemory {
   // Left by the forward pass for the way back.
   DeviceSpan normalised1, normalised2;  ///< [rows,C], [rows2,C]: norm1's and norm2's rows before weight and bias
   DeviceSpan inverse1, inverse2;        ///< [rows], [rows2] fp32
-  std::array<DeviceSpan, 4> low;        ///< [rows,padded]: drop(x) Aᵀ, at the index of the linear kind
+  std::array<DeviceSpan, 4> low;        ///< [rows or rows2,padded]: drop(x) Aᵀ, at the index of the linear kind
   DeviceSpan qkv;                       ///< [rows,3C]
   DeviceSpan attended, log_sum;         ///< [rows,C], [B,H,N] fp32
   DeviceSpan hidden;                    ///< [rows2,fc2.stride]: before GELU
@@ -27,14 +27,14 @@ struct BlockMemory {
   DeviceSpan attention_branch;          ///< [rows,C]: what proj adds to the stream
   DeviceSpan activated, hidden_branch;  ///< [rows2,fc2.stride] after GELU, [rows2,C] what fc2 adds
 
-  // Of the way back alone: gradients of the above, with the same strides.
+  // Of the way back alone: gradients of the above, with the strides of the layers' operands.
   DeviceSpan d_hidden_branch, d_hidden, d_input2, d_attention_branch, d_attended;
   DeviceSpan d_qkv, d_input1;
   DeviceSpan fc2_input;        ///< [rows2,fc2.stride], where fc2 has a LoRA term: after GELU, made again
   DeviceSpan packed_attended;  ///< [rows,C], where proj has a LoRA term: d_attended without what is behind its rows
 };
 
-/// All memory of a step, planned once for its one batch size. A gradient of the stream has its place beside it.
+/// All memory of a step, planned once for its one batch size.
 struct TrainMemory {
   TrainMemory() = default;
   TrainMemory(const TrainModel& model, int batch);
