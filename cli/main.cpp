@@ -136,8 +136,8 @@ int main(int argc, char** argv) {
     return report(invocation, int(ExitCode::device), kNoMemory);
   } catch (const c10::Error& error) {
     const std::string text = error.what_without_backtrace();
-    // LibTorch's CPU allocator reports exhaustion as a plain c10::Error with this text.
-    if (text.find("not enough memory") != std::string::npos)
+    // LibTorch's CPU allocator reports exhaustion as a plain c10::Error with one of these texts.
+    if (text.find("not enough memory") != std::string::npos || text.find("can't allocate memory") != std::string::npos)
       return report(invocation, int(ExitCode::device), kNoMemory);
     return report(invocation, int(ExitCode::internal), cat("internal error, please report it: ", text));
   } catch (const std::bad_alloc&) {

@@ -7,6 +7,6 @@
 # once. What is done already in DIR is not done again, so a run that was stopped goes on. --jobs runs at a time share
 # the device. Writes DIR/results.jsonl (a line a run, the protocol in it) and DIR/table.md. Expected: docs/results.md.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-export PYRACTL=${PYRACTL:-build/bin/pyractl}
-exec python3 recipes/accuracy.py "$@"
+here=$(cd "$(dirname "$0")" && pwd)
+export PYRACTL=${PYRACTL:-$here/../build/bin/pyractl}
+exec python3 "$here/accuracy.py" "$@"

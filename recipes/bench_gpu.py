@@ -7,9 +7,8 @@ import statistics
 import subprocess
 import sys
 
-import timm
-import torch
-from timm_peers import LoraLinear, MergingVit
+# Imported by main(), so that --help needs neither.
+timm = torch = LoraLinear = MergingVit = None
 
 # By mode of `pyractl bench`: (architecture, merger, schedule, batches); each also gives its dense row.
 OURS = {
@@ -218,6 +217,13 @@ def main():
     parser.add_argument("--no-peers", action="store_true", help="our rows alone")
     parser.add_argument("--autotune", action="store_true", help="peers compiled with max-autotune: minutes each")
     options = parser.parse_args()
+    global timm, torch, LoraLinear, MergingVit
+    try:
+        import timm
+        import torch
+        from timm_peers import LoraLinear, MergingVit
+    except ImportError as error:
+        parser.error(f"{error}: it needs a python3 with torch and timm; PYRA_TIMM_PYTHON names another one")
     if not torch.cuda.is_available():
         parser.error("this machine has no GPU that PyTorch can use")
     rows, context = our_rows(options)

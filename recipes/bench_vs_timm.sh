@@ -11,6 +11,7 @@
 # made on first use, needs the network), or under PYRA_TIMM_PYTHON=/path/to/python when that names a Python with torch
 # 2.11 and timm. PYRACTL names another binary.
 set -euo pipefail
+[[ ${1:-} == -h || ${1:-} == --help ]] && { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit; }
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYRACTL="${PYRACTL:-$root/build/bin/pyractl}"

@@ -9,6 +9,7 @@
 #   recipes/demo.sh             writes to build/demo; what an earlier demo left there is replaced
 #   PYRACTL=... OUT=... recipes/demo.sh
 set -euo pipefail
+[[ ${1:-} == -h || ${1:-} == --help ]] && { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit; }
 cd "$(dirname "$0")/.."
 pyractl=${PYRACTL:-build/bin/pyractl}
 out=${OUT:-build/demo}

@@ -7,6 +7,7 @@
 # layers before them. Ratios and trained parameters: PYRA (arXiv 2403.09192). A second, on any machine, without files;
 # ends with 1 when something differs.
 set -euo pipefail
+[[ ${1:-} == -h || ${1:-} == --help ]] && { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit; }
 cd "$(dirname "$0")/.."
 export PYRACTL=${PYRACTL:-build/bin/pyractl}
 exec python3 - <<'PYTHON'

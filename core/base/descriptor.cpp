@@ -41,7 +41,11 @@ std::string system_reason(int error_number) {
 Descriptor open_for_reading(const std::filesystem::path& path) {
   Descriptor file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (file.get() < 0) fail(ExitCode::input, path.string(), ": cannot be opened: ", system_reason(errno));
-  if (S_ISDIR(stat_of(file, path).st_mode)) fail(ExitCode::input, path.string(), ": is a folder, a file was expected");
+  if (S_ISDIR(stat_of(file, path).st_mode)) {
+    const bool is_run = std::filesystem::exists(path / "run.toml");
+    fail(ExitCode::input, path.string(), ": is a folder, a file was expected",
+         is_run ? "; a run becomes a model by `pyractl merge-lora`" : "");
+  }
   return file;
 }
 

@@ -116,10 +116,9 @@ void mark_slower_than_dense(std::vector<BenchRow>& rows) {
 }
 
 void check(const BenchSettings& settings) {
-  if (settings.model.empty() == settings.arch.empty())
-    fail(ExitCode::usage, "bench: name either a model file or --arch");
+  if (settings.model.empty() == settings.arch.empty()) fail(ExitCode::usage, "name either a model file or --arch");
   if (settings.merge.empty() != settings.schedule.empty())
-    fail(ExitCode::usage, "bench: --merge and --schedule go together: --merge tome --schedule high");
+    fail(ExitCode::usage, "--merge and --schedule go together: --merge tome --schedule high");
   for (const std::string& mode : settings.modes)
     if (std::ranges::find(kBenchModes, mode) == kBenchModes.end())
       fail(ExitCode::usage, "bench: mode '", mode, "', expected infer, throughput, train or e2e");

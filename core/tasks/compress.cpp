@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "base/error.h"
+#include "io/output_path.h"
 #include "tasks/assemble.h"
 
 namespace pyra::tasks {
@@ -56,6 +57,7 @@ void check_options(const CompressOptions& options) {
     fail(ExitCode::usage, "--latency-table tells times: it goes with --target-speedup");
   if (options.batch < 1) fail(ExitCode::usage, "--batch is ", options.batch, ", expected at least 1");
   check_search(options);
+  io::keep_inputs(options.out, {options.run.model, options.data});
   // Known now rather than after minutes of measuring.
   const std::filesystem::path folder = options.out.has_parent_path() ? options.out.parent_path() : ".";
   if (!std::filesystem::is_directory(folder))

@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "io/hf_model.h"
 #include "io/npz.h"
+#include "io/output_path.h"
 #include "io/pyra_checkpoint.h"
 #include "io/recipe.h"
 #include "io/safetensors.h"
@@ -159,9 +160,7 @@ class Converter {
 
 void check_out(const ConvertOptions& options) {
   if (options.out.empty()) fail(ExitCode::usage, "no file to write: give --out MODEL");
-  std::error_code error;
-  if (fs::equivalent(options.file, options.out, error))
-    fail(ExitCode::usage, options.out.string(), ": is the file to read; give --out another name");
+  io::keep_inputs(options.out, {options.file, options.base});
 }
 
 ConvertReport report_on(const Model& model, const ConvertOptions& options, const std::string& source) {

@@ -1,4 +1,5 @@
 #include "tasks/eval.h"
+#include "io/output_path.h"
 
 #include <chrono>
 #include <cstdio>
@@ -153,6 +154,7 @@ EvalResult evaluate(const EvalOptions& options, const host::PluginRegistry& plug
   const engine::Precision precision = resolve_precision(options.run.dtype, device);
   const data::Dataset dataset = data::Dataset::open(options.data);
   check_classes(model.file, options.run.model.string(), dataset);
+  io::keep_inputs(options.predictions, {options.run.model, options.data});
   PredictionsFile predictions(options.predictions);
 
   EvalResult result;

@@ -6,6 +6,7 @@
 
 #include "base/clock.h"
 #include "base/error.h"
+#include "base/folder_lock.h"
 #include "io/atomic_file.h"
 #include "io/json.h"
 #include "io/safetensors.h"
@@ -108,6 +109,7 @@ class Finetune {
   const host::PluginRegistry& plugins_;
   Progress& progress_;
   RunFolder run_;
+  std::optional<FolderLock> lock_;  ///< of it, from the first thing that is read or written
   std::string device_;
   Clock::time_point start_ = Clock::now();
   data::Dataset dataset_;
@@ -155,7 +157,13 @@ double Finetune::rate_of(const Training& training) const {
 
 FinetuneReport Finetune::run() {
   std::optional<train::Checkpoint> checkpoint;
-  if (options_.resume) checkpoint = train::read_checkpoint(run_.checkpoint(), progress_);
+  if (options_.resume) {
+    if (fs::exists(run_.path)) lock_.emplace(run_.path);
+    checkpoint = train::read_checkpoint(run_.checkpoint(), progress_);
+    if (!checkpoint && fs::exists(run_.report()))
+      fail(ExitCode::input, run_.checkpoint().string(),
+           ": is gone, and the run was finished: resuming would train it anew, over its result");
+  }
   take_up(checkpoint);
   // Room for the images and bad ones among them: known now, not after hours of training.
   for (auto i = size_t(state_.training); i < plan_.size(); ++i) {
@@ -206,6 +214,10 @@ void Finetune::begin_folder() {
   std::error_code error;
   fs::create_directories(run_.path, error);
   if (error) fail(ExitCode::output, run_.path.string(), ": cannot be created: ", error.message());
+  if (!lock_) {
+    lock_.emplace(run_.path);
+    check_out(options_);  // another process may have been faster
+  }
   if (!resumed_) {
     io::Recipe resolved = recipe_;
     resolved.model = fs::absolute(recipe_.model);

@@ -46,6 +46,10 @@ void check_options(const FinetuneOptions& options) {
   for (const auto& path : {options.recipe.model, options.recipe.data, options.recipe.out})
     if (!io::is_utf8(path.string()))  // run.toml has to hold it
       fail(ExitCode::usage, "'", printable(path.string()), "' is not valid UTF-8, and a recipe holds nothing else");
+  const io::PluginChoice& merge = options.recipe.merge;
+  if (merge.name.empty() && !(options.recipe.schedule.empty() && merge.parameters.empty()))
+    fail(ExitCode::usage,
+         "the recipe's [merge] names no merger, so it would train without: set merge.name too, or merge.name=none");
   const auto at_least = [](const char* key, double value, double minimum) {
     if (!(value >= minimum)) fail(ExitCode::usage, key, " is ", value, ", expected at least ", minimum);
   };

@@ -7,6 +7,7 @@
 #include "io/atomic_file.h"
 #include "io/hf_model.h"
 #include "io/json.h"
+#include "io/output_path.h"
 #include "io/peft_adapter.h"
 #include "tasks/peft_adapter.h"
 #include "tasks/plan_recorder.h"
@@ -222,6 +223,8 @@ MergeLoraReport merge_lora(const MergeLoraOptions& options, const host::PluginRe
   if (options.out.empty()) fail(ExitCode::usage, "no file to write: give --out MODEL");
   if (format.is_folder() && is_there(options.out))
     fail(ExitCode::usage, options.out.string(), ": is there already; a folder is written anew: give another --out");
+  io::keep_inputs(options.out, {options.model});
+  io::keep_inputs(options.out, RunFolder{options.run}.contents());
   const at::NoGradGuard no_gradients;
   Tuned tuned = open_tuned(options, plugins, progress);
   Model& model = tuned.model;

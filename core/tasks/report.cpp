@@ -5,6 +5,8 @@
 #include "base/error.h"
 #include "io/atomic_file.h"
 #include "io/json.h"
+#include "io/output_path.h"
+#include "tasks/run_folder.h"
 #include "tasks/run_model.h"
 
 namespace pyra::tasks {
@@ -113,6 +115,8 @@ double images_per_second(const FinetuneReport& result, Speed speed) {
 
 Report report(const ReportOptions& options, Progress& progress) {
   check_options(options);
+  io::keep_inputs(options.out, options.predictions);
+  for (const fs::path& run : options.runs) io::keep_inputs(options.out, RunFolder{run}.contents());
   Report report{.grouped = options.pareto, .speed = options.speed};
   read_runs(options, report, progress);
   name_runs(report.runs);

@@ -95,6 +95,10 @@ void write_adapter(const RunFolder& run, const Model& model, const io::Recipe& r
   }
 }
 
+std::vector<fs::path> RunFolder::contents() const {
+  return {recipe(), metrics(), report(), checkpoint(), adapter(), path / io::kPeftWeights, path / io::kPeftConfig};
+}
+
 io::Metadata adapter_metadata(const AdapterInfo& info) {
   const nlohmann::json about{{"classes", info.classes.names}, {"base", info.base_fingerprint}};
   return {{kEntry, about.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)}};

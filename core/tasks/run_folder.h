@@ -22,6 +22,8 @@ struct RunFolder {
   /// The merger's trained tensors, beside the adapter's file.
   [[nodiscard]] std::filesystem::path merge_tensors() const { return adapter() / kMergeTensors; }
   [[nodiscard]] std::filesystem::path report() const { return path / "report.json"; }
+  /// All that a run leaves, and what an adapter's folder of other programs holds: no result goes there.
+  [[nodiscard]] std::vector<std::filesystem::path> contents() const;
 };
 
 /// What an adapter says of itself, in the metadata of adapter_model.safetensors.
