@@ -48,6 +48,8 @@ json to_json(const tasks::DataCheck& check) {
           {"odd_sizes", notes_json(check.odd_sizes, "size")},
           {"one_colour", check.one_colour},
           {"empty_classes", check.empty_classes},
+          {"empty_splits", check.empty_splits},
+          {"left_out", check.left_out},
           {"warnings", check.warnings()},
           {"faults", check.has_faults()}};
 }
@@ -108,6 +110,9 @@ void write_human(std::ostream& out, const tasks::DataCheck& check) {
   write_list(out, "warning  ", "images of odd size:", lines_of(check.odd_sizes));
   write_list(out, "warning  ", "images of one colour:", check.one_colour);
   write_list(out, "warning  ", "classes without an image:", check.empty_classes);
+  write_list(out, "warning  ", "splits without an image:", check.empty_splits);
+  write_list(out, "warning  ",
+             "entries left out: links that lead nowhere, in a .tar all links and names that lead out:", check.left_out);
   for (const auto& split : check.splits)
     write_list(out, "warning  ", cat("classes of split ", split.name, " that no training image has:"),
                split.not_in_train);

@@ -117,6 +117,12 @@ std::string Dataset::describe(const Sample& sample) const {
   return sample.origin.empty() ? file : cat(file, " (", sample.origin, ")");
 }
 
+std::vector<std::string> Dataset::left_out() const {
+  std::vector<std::string> names = state_->store->left_out();
+  for (std::string& name : names) name = state_->store->describe(name);
+  return names;
+}
+
 std::vector<uint8_t> Dataset::read(const Sample& sample) const {
   if (!state_->store->contains(sample.path)) fail(ExitCode::input, describe(sample), ": the image is missing");
   return state_->store->read(sample.path);

@@ -51,6 +51,8 @@ class Dataset {
   /// Error(input) naming the splits that exist.
   [[nodiscard]] const std::vector<Sample>& split(const std::string& name) const;
   [[nodiscard]] bool has_split(const std::string& name) const;
+  /// How messages name what is there and is no file of the data set: links that lead nowhere, in a .tar all links.
+  [[nodiscard]] std::vector<std::string> left_out() const;
   /// The encoded bytes of a sample; Error(input) naming list file and line when it is missing.
   [[nodiscard]] std::vector<uint8_t> read(const Sample& sample) const;
   /// How messages name a sample: "set.tar: images/1.png (test.txt:17)".

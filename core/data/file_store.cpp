@@ -32,12 +32,9 @@ class FolderStore final : public FileStore {
     return bytes;
   }
 
-  std::vector<std::string> names() const override {
-    std::vector<std::string> found;
-    list("", 0, found);
-    std::ranges::sort(found);
-    return found;
-  }
+  std::vector<std::string> names() const override { return sorted(/*files=*/true); }
+
+  std::vector<std::string> left_out() const override { return sorted(/*files=*/false); }
 
   std::optional<std::string> only_folder() const override {
     std::optional<std::string> only;
@@ -59,16 +56,23 @@ class FolderStore final : public FileStore {
     return found;
   }
 
+  std::vector<std::string> sorted(bool files) const {
+    std::vector<std::string> found;
+    list("", 0, files, found);
+    std::ranges::sort(found);
+    return found;
+  }
+
   // Links to folders are followed, as data sets are often assembled from them; the depth bounds a cycle.
-  void list(const std::string& below, int depth, std::vector<std::string>& found) const {
+  void list(const std::string& below, int depth, bool files, std::vector<std::string>& found) const {
     if (depth == kMaxFolderDepth) return;
     for (const auto& item : items(root_ / below)) {
       const std::string name = item.path().filename().string();
       if (is_hidden(name)) continue;
       std::error_code ignored;
       if (item.is_directory(ignored)) {
-        list(below + name + '/', depth + 1, found);
-      } else if (item.is_regular_file(ignored)) {
+        list(below + name + '/', depth + 1, files, found);
+      } else if (item.is_regular_file(ignored) == files) {
         if (found.size() == kMaxFiles) fail(ExitCode::input, root_.string(), ": more than ", kMaxFiles, " files");
         found.push_back(below + name);
       }

@@ -19,6 +19,9 @@ class FileStore {
   [[nodiscard]] virtual std::vector<uint8_t> read(const std::string& name) const = 0;
   /// All regular files that are not hidden, sorted; a folder is searched kMaxFolderDepth deep.
   [[nodiscard]] virtual std::vector<std::string> names() const = 0;
+  /// What is there and not among the files, sorted: links that lead nowhere; in a .tar links, devices, sparse files and
+  /// names that lead out of the root. Nothing hidden.
+  [[nodiscard]] virtual std::vector<std::string> left_out() const = 0;
   /// The name of the one folder at the root, if there is exactly one.
   [[nodiscard]] virtual std::optional<std::string> only_folder() const = 0;
   /// How messages name a file: "set/images/1.png", "set.tar: images/1.png". Others chose the name: control characters

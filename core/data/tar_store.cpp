@@ -2,6 +2,7 @@
 #include <archive_entry.h>
 #include <unistd.h>
 
+#include <set>
 #include <unordered_map>
 
 #include "base/descriptor.h"
@@ -44,31 +45,42 @@ void refuse_compressed(int fd, const std::string& path) {
 
 /// The member's safe name, or nothing for what is no plain file inside the archive's root: folders, links, devices,
 /// absolute names, "..", sparse files (their bytes do not lie in one piece).
-std::optional<std::string> file_name(archive_entry* entry) {
+std::optional<std::string> file_name(archive_entry* entry, const char* name) {
   if (archive_entry_filetype(entry) != AE_IFREG || archive_entry_hardlink(entry) || archive_entry_symlink(entry) ||
       archive_entry_sparse_count(entry) > 0) {
     return {};
   }
-  // In the C locale only one of the two spellings can be had, depending on how the archive was written.
-  const char* name = archive_entry_pathname(entry);
-  if (!name) name = archive_entry_pathname_utf8(entry);
   if (!name || std::strlen(name) > kMaxNameBytes) return {};
   return safe_path(name);
 }
 
-void add_member(archive* reader, archive_entry* entry, uint64_t file_size, const std::string& path, Index& index) {
-  const auto name = file_name(entry);
-  if (!name) return;
+struct Contents {
+  Index files;
+  std::set<std::string> left_out;
+};
+
+void add_member(archive* reader, archive_entry* entry, uint64_t file_size, const std::string& path,
+                Contents& contents) {
+  // In the C locale only one of the two spellings can be had, depending on how the archive was written.
+  const char* spelt = archive_entry_pathname(entry);
+  if (!spelt) spelt = archive_entry_pathname_utf8(entry);
+  const auto name = file_name(entry, spelt);
+  if (!name) {
+    const bool hidden = spelt && safe_path(spelt) && is_hidden(spelt);
+    if (spelt && archive_entry_filetype(entry) != AE_IFDIR && !hidden)
+      contents.left_out.emplace(spelt, strnlen(spelt, kMaxNameBytes));
+    return;
+  }
   const auto size = archive_entry_size(entry), offset = archive_filter_bytes(reader, 0);
   if (size < 0 || offset < 0 || uint64_t(offset) > file_size || uint64_t(size) > file_size - uint64_t(offset)) {
     fail(ExitCode::input, path, ": member ", printable(*name), " of ", size, " bytes at ", offset,
          " does not fit in the archive's ", file_size, " bytes; the archive is cut or damaged");
   }
   // As tar itself does: a later member of the same name replaces an earlier one.
-  index.insert_or_assign(*name, Extent{uint64_t(offset), uint64_t(size)});
+  contents.files.insert_or_assign(*name, Extent{uint64_t(offset), uint64_t(size)});
 }
 
-Index read_index(int fd, uint64_t file_size, const std::string& path) {
+Contents read_contents(int fd, uint64_t file_size, const std::string& path) {
   const Reader reader(archive_read_new());
   if (!reader) fail(ExitCode::device, path, ": no memory for an archive reader");
   constexpr size_t kBlockBytes = 64 << 10;
@@ -81,14 +93,14 @@ Index read_index(int fd, uint64_t file_size, const std::string& path) {
       archive_read_open_fd(reader.get(), fd, kBlockBytes) != ARCHIVE_OK) {
     refuse();
   }
-  Index index;
+  Contents contents;
   for (size_t count = 0;; ++count) {
     archive_entry* entry = nullptr;
     const int status = archive_read_next_header(reader.get(), &entry);
-    if (status == ARCHIVE_EOF) return index;
+    if (status == ARCHIVE_EOF) return contents;
     if (status < ARCHIVE_WARN) refuse();
     if (count == kMaxFiles) fail(ExitCode::input, path, ": more than ", kMaxFiles, " members");
-    add_member(reader.get(), entry, file_size, path, index);
+    add_member(reader.get(), entry, file_size, path, contents);
   }
 }
 
@@ -96,14 +108,14 @@ class TarStore final : public FileStore {
  public:
   explicit TarStore(const std::string& path) : path_(path), file_(open_for_reading(path)) {
     refuse_compressed(file_.get(), path);
-    index_ = read_index(file_.get(), regular_size(file_, path), path);
+    contents_ = read_contents(file_.get(), regular_size(file_, path), path);
   }
 
-  bool contains(const std::string& name) const override { return index_.contains(name); }
+  bool contains(const std::string& name) const override { return contents_.files.contains(name); }
 
   std::vector<uint8_t> read(const std::string& name) const override {
-    const auto found = index_.find(name);
-    if (found == index_.end()) fail(ExitCode::input, describe(name), ": no such member");
+    const auto found = contents_.files.find(name);
+    if (found == contents_.files.end()) fail(ExitCode::input, describe(name), ": no such member");
     const Extent extent = found->second;
     if (extent.size > kMaxFileBytes) {
       fail(ExitCode::input, describe(name), ": ", extent.size, " bytes; at most ", kMaxFileBytes);
@@ -115,16 +127,18 @@ class TarStore final : public FileStore {
 
   std::vector<std::string> names() const override {
     std::vector<std::string> found;
-    for (const auto& [name, extent] : index_) {
+    for (const auto& [name, extent] : contents_.files) {
       if (!is_hidden(name)) found.push_back(name);
     }
     std::ranges::sort(found);
     return found;
   }
 
+  std::vector<std::string> left_out() const override { return {contents_.left_out.begin(), contents_.left_out.end()}; }
+
   std::optional<std::string> only_folder() const override {
     std::optional<std::string> only;
-    for (const auto& [name, extent] : index_) {
+    for (const auto& [name, extent] : contents_.files) {
       const size_t slash = name.find('/');
       if (slash == std::string::npos || is_hidden(name)) continue;
       if (only && name.substr(0, slash) != *only) return {};
@@ -138,7 +152,7 @@ class TarStore final : public FileStore {
  private:
   std::string path_;
   Descriptor file_;
-  Index index_;
+  Contents contents_;
 };
 
 }  // namespace

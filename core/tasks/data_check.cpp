@@ -193,7 +193,9 @@ void Check::judge_group(const std::vector<size_t>& group) {
 void Check::compare_classes() {
   std::vector<int64_t> trained(report_.class_names.size()), all(trained);
   bool has_training = false;
+  report_.left_out = dataset_.left_out();
   for (const SplitCheck& split : report_.splits) {
+    if (split.images == 0) report_.empty_splits.push_back(split.name);
     has_training |= is_training(split.name);
     for (size_t label = 0; label < all.size(); ++label) {
       all[label] += split.by_class[label];
@@ -213,7 +215,7 @@ void Check::compare_classes() {
 
 int64_t DataCheck::warnings() const {
   size_t count = leaks.size() + duplicates.size() + listed_twice.size() + odd_sizes.size() + one_colour.size() +
-                 empty_classes.size();
+                 empty_classes.size() + empty_splits.size() + left_out.size();
   for (const SplitCheck& split : splits) count += split.not_in_train.size();
   return int64_t(count);
 }

@@ -52,6 +52,8 @@ struct DataCheck {
   std::vector<ImageNote> odd_sizes;
   std::vector<std::string> one_colour;
   std::vector<std::string> empty_classes;  ///< that have a name and no image in any split
+  std::vector<std::string> empty_splits;
+  std::vector<std::string> left_out;  ///< what is there and not looked at: data::Dataset::left_out
 
   [[nodiscard]] bool has_faults() const { return !wrong_lines.empty() || !two_labels.empty() || !unreadable.empty(); }
   [[nodiscard]] int64_t warnings() const;  ///< how many, of all kinds

@@ -265,6 +265,11 @@ TEST_CASE("what a hostile tar holds beside plain files inside it is not there") 
   const auto& samples = dataset.split("test");
   check_error(ExitCode::input, {"link.png", "missing"}, [&] { (void)dataset.read(samples[0]); });
   CHECK(text_of(dataset.read(samples[1])) == "new");
+  // ... and is told: the three names that lead out, and the link.
+  const std::vector<std::string> left_out = dataset.left_out();
+  REQUIRE(left_out.size() == 4);
+  for (const char* name : {"../secret", "/absolute", "set/a/../../up.png", "set/link.png"})
+    CHECK(std::ranges::any_of(left_out, [&](const std::string& told) { return told.ends_with(name); }));
 }
 
 TEST_CASE("a damaged archive is refused wherever it is damaged") {

@@ -54,6 +54,16 @@ TEST_CASE("a sound data set is clean, though VTAB's splits are made of one anoth
   CHECK(check.common_width == 16);
 }
 
+TEST_CASE("what is there and not looked at is told", "[data-check]") {
+  const Task task;
+  fs::create_symlink("nowhere", task.folder / "images/9.ppm");
+  fs::create_symlink("1.ppm", task.folder / "images/10.ppm");  // a file like any other
+  const DataCheck check = task.check();
+  CHECK_FALSE(check.has_faults());
+  CHECK(check.left_out == std::vector<std::string>{(task.folder / "images/9.ppm").string()});
+  CHECK(check.warnings() == 1);
+}
+
 TEST_CASE("unreadable images are all named with their reason", "[data-check]") {
   const Task task;
   put(task.image(2), "GIF89a");
