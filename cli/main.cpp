@@ -9,6 +9,7 @@
 #include <new>
 
 #include "base/error.h"
+#include "base/no_memory.h"
 #include "command.h"
 #include "tasks/machine.h"
 
@@ -132,14 +133,10 @@ int main(int argc, char** argv) {
     return 128 + SIGPIPE;
   } catch (const Error& error) {
     return report(invocation, int(error.code()), error.what());
-  } catch (const c10::OutOfMemoryError&) {
-    return report(invocation, int(ExitCode::device), kNoMemory);
   } catch (const c10::Error& error) {
-    const std::string text = error.what_without_backtrace();
-    // LibTorch's CPU allocator reports exhaustion as a plain c10::Error with one of these texts.
-    if (text.find("not enough memory") != std::string::npos || text.find("can't allocate memory") != std::string::npos)
-      return report(invocation, int(ExitCode::device), kNoMemory);
-    return report(invocation, int(ExitCode::internal), cat("internal error, please report it: ", text));
+    if (means_no_memory(error)) return report(invocation, int(ExitCode::device), kNoMemory);
+    return report(invocation, int(ExitCode::internal),
+                  cat("internal error, please report it: ", error.what_without_backtrace()));
   } catch (const std::bad_alloc&) {
     return report(invocation, int(ExitCode::device), kNoMemory);
   } catch (const std::exception& error) {

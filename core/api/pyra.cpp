@@ -4,6 +4,7 @@
 
 #include "api/engine.h"
 #include "base/error.h"
+#include "base/no_memory.h"
 
 struct pyra_engine {
   pyra::Engine engine;
@@ -25,6 +26,9 @@ int guarded(Body&& body) {
   } catch (const std::bad_alloc&) {
     last_error = "there is not enough memory";
     return int(pyra::ExitCode::device);
+  } catch (const c10::Error& error) {
+    last_error = error.what_without_backtrace();
+    if (pyra::means_no_memory(error)) return int(pyra::ExitCode::device);
   } catch (const std::exception& error) {
     last_error = error.what();
   } catch (...) {

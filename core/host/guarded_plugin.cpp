@@ -4,8 +4,8 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/guard.h"
 #include "base/text.h"
-#include "host/guard.h"
 
 namespace pyra::host {
 namespace {

@@ -1,5 +1,5 @@
-// Objects of plugins whose methods run under guard() (guard.h): what they throw is Error(plugin) with the plugin, the
-// method and the place, and what they answer is checked where the core would only run into it later.
+// Objects of plugins whose methods run under guard() (base/guard.h): what they throw is Error(plugin) with the plugin,
+// the method and the place, and what they answer is checked where the core would only run into it later.
 #pragma once
 #include <memory>
 #include <string>

@@ -8,8 +8,8 @@
 #include <set>
 
 #include "base/error.h"
+#include "base/guard.h"
 #include "host/elf_check.h"
-#include "host/guard.h"
 #include "host/guarded_plugin.h"
 
 namespace pyra::host {

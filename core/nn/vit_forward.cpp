@@ -1,5 +1,6 @@
 // The forward pass: what every block does, in training and in inference.
 #include "base/error.h"
+#include "base/guard.h"
 #include "base/philox.h"
 #include "kernels/attention.h"
 #include "kernels/layer_norm.h"
@@ -129,10 +130,11 @@ void Vit::Pass::merge(int64_t index, const kernels::AttentionOutput& attention) 
                                 .key_mean = attention.key_mean,
                                 .class_attention = attention.class_attention,
                                 .learned = setup.learned};
-  const kernels::MergeArguments arguments = arguments_of(setup.merger->plan(inputs, setup.schedule));
+  const std::string who = cat("merger '", setup.name, "', block ", index);
+  const auto arguments = arguments_of(guard(who, "plan()", [&] { return setup.merger->plan(inputs, setup.schedule); }));
   const std::string wrong = kernels::check_merge(arguments, batch, x.size(1), model.tokens_after_[size_t(index)],
                                                  config().protected_tokens());
-  if (!wrong.empty()) fail(ExitCode::plugin, "merger '", setup.name, "', block ", index, ": ", wrong);
+  if (!wrong.empty()) fail(ExitCode::plugin, who, ": ", wrong);
   kernels::Merged result = kernels::merge_tokens(x, sizes, arguments);
   x = std::move(result.tokens);
   sizes = std::move(result.sizes);

@@ -118,6 +118,8 @@ TEST_CASE("a merger that breaks its contract is named with block and index", "[n
   CHECK_FALSE(message([](sdk::MergePlan& plan) { plan.keep = plan.keep.narrow(1, 0, 30); }).empty());
   CHECK_FALSE(message([](sdk::MergePlan& plan) { plan.dst[0][0].fill_(32); }).empty());
   CHECK_FALSE(message([](sdk::MergePlan& plan) { plan.keep = plan.keep.flip(1); }).empty());
+  CHECK(message([](sdk::MergePlan&) { throw std::runtime_error("out of ideas"); }).find("out of ideas") !=
+        std::string::npos);
 }
 
 TEST_CASE("only the head trains where no one asks for more, and drop-path is a function of seed and step", "[nn]") {

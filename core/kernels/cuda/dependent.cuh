@@ -3,10 +3,11 @@
 // A kernel so launched may start when every block of its predecessor has said admit_next() or ended. Until
 // await_earlier() it may read what no kernel of the pass writes, weights above all, and must write nothing that another
 // reads. await_earlier() returns when the predecessor has ended and its writes are seen; as that one waited likewise,
-// all before it have ended too. So in every launch at least one thread of a kernel must wait, and a thread that touches
-// activations must, and must not read them by __ldg or through __restrict__: that says they are read-only as long as
-// the kernel lives, and it lives already while they are written. A pass begins with a kernel that is launched plainly
-// (extract_patches) or with a graph, so what the pass before it changed, parameters included, is there for all.
+// all before it have ended too. So in every launch at least one thread of a kernel must wait, if not for a tally
+// (below) that says as much, and a thread that touches activations must, and must not read them by __ldg or through
+// __restrict__: that says they are read-only as long as the kernel lives, and it lives already while they are written.
+// A pass begins with a kernel that is launched plainly (extract_patches) or with a graph, so what the pass before it
+// changed, parameters included, is there for all.
 //
 // A kernel that says admit_next() only after await_earlier() vouches for what it waited for: the kernel behind it may
 // read that without waiting, and so runs beside it. What such neighbours write is waited for by tallies: attention,
