@@ -13,28 +13,8 @@ namespace pyra::data {
 namespace {
 
 using test::check_error;
+using test::EnvironmentVariable;
 using test::TempDir;
-
-/// An environment variable for the length of a scope.
-class Variable {
- public:
-  Variable(const char* name, const std::string& value) : name_(name) {
-    if (const char* before = std::getenv(name)) before_ = before;
-    setenv(name, value.c_str(), 1);
-  }
-  ~Variable() {
-    if (before_)
-      setenv(name_, before_->c_str(), 1);
-    else
-      unsetenv(name_);
-  }
-  Variable(const Variable&) = delete;
-  Variable& operator=(const Variable&) = delete;
-
- private:
-  const char* name_;
-  std::optional<std::string> before_;
-};
 
 at::Tensor numbered(int64_t count, int64_t size) {
   return at::arange(count * size * size * 3).mul(31).remainder(251).to(at::kByte).reshape({count, size, size, 3});
@@ -71,7 +51,7 @@ TEST_CASE("images come back as they went, from a file and from memory") {
 
 TEST_CASE("decoded images leave nothing in the folder they are in") {
   const TempDir folder;
-  const Variable temporary("TMPDIR", folder.path().string());
+  const EnvironmentVariable temporary("TMPDIR", folder.path().string());
   const at::Tensor images = numbered(3, 4);
   const ImageStore store = on_disk(images);
   CHECK(std::filesystem::is_empty(folder.path()));
@@ -80,11 +60,11 @@ TEST_CASE("decoded images leave nothing in the folder they are in") {
 
 TEST_CASE("a disk without room, or without the folder, is known before anything is decoded") {
   const TempDir folder;
-  const Variable temporary("TMPDIR", folder.path().string());
+  const EnvironmentVariable temporary("TMPDIR", folder.path().string());
   check_error(ExitCode::output, {folder.path().string(), "10000000", "MiB", "TMPDIR"},
               [] { (void)ImageStore(10'000'000, 4096); });
   check_error(ExitCode::input, {"0 pixels"}, [] { (void)ImageStore(1, 0); });
-  const Variable nowhere("TMPDIR", "/nowhere");
+  const EnvironmentVariable nowhere("TMPDIR", "/nowhere");
   check_error(ExitCode::output, {"/nowhere", "No such file", "TMPDIR"}, [] { (void)ImageStore(1, 4); });
 }
 

@@ -1,6 +1,5 @@
 #include "host/plugin_registry.h"
 
-#include <cstdlib>
 #include <fstream>
 #include <functional>
 
@@ -13,26 +12,6 @@ using host::PluginRegistry;
 using test::TempDir;
 
 namespace {
-
-/// $PYRA_PLUGIN_PATH for a scope.
-class PluginPath {
- public:
-  explicit PluginPath(const std::string& value) {
-    if (const char* text = std::getenv(kName)) old_ = text;
-    ::setenv(kName, value.c_str(), 1);
-  }
-  ~PluginPath() {
-    if (old_) {
-      ::setenv(kName, old_->c_str(), 1);
-    } else {
-      ::unsetenv(kName);
-    }
-  }
-
- private:
-  static constexpr const char* kName = "PYRA_PLUGIN_PATH";
-  std::optional<std::string> old_;
-};
 
 const fs::path kBad = PYRA_BAD_PLUGINS;
 
@@ -208,7 +187,7 @@ TEST_CASE("the first folder in search order wins, and a broken plugin there is n
   const TempDir first, second;
   place(first, "tome", kBad / "no_symbol.so");
   const fs::path good = fs::path(PYRA_PLUGIN_DIR) / "libpyra_merge_tome.so";
-  const PluginPath path("::" + second.path().string() + ":/no/such/folder");
+  const test::EnvironmentVariable path("PYRA_PLUGIN_PATH", "::" + second.path().string() + ":/no/such/folder");
   fs::copy_file(good, second / "libpyra_merge_tome.so");
   CHECK(PluginRegistry().info("merge", "tome").path == fs::canonical(second / "libpyra_merge_tome.so"));
   const PluginRegistry registry({first.path()});
@@ -242,7 +221,7 @@ TEST_CASE("plugins are never taken from the working folder", "[plugins]") {
   const PluginRegistry plain;
   const PluginRegistry named({"mine"});
   const auto in_environment = [] {
-    const PluginPath path("mine");
+    const test::EnvironmentVariable path("PYRA_PLUGIN_PATH", "mine");
     return PluginRegistry();
   };
   check_error(ExitCode::usage, {"PYRA_PLUGIN_PATH", "'mine' is relative"}, in_environment);
