@@ -19,6 +19,11 @@ at::Tensor branch_scale(int64_t batch, double p, const StepRandom& random, int64
   return scale;
 }
 
+}  // namespace
+
+// Out of line, so that one vtable and one typeinfo serve the whole program.
+SoftReduction::~SoftReduction() = default;
+
 kernels::MergeArguments arguments_of(const sdk::MergePlan& plan) {
   kernels::MergeArguments arguments{.keep = plan.keep,
                                     .src = plan.src,
@@ -35,11 +40,6 @@ kernels::MergeArguments arguments_of(const sdk::MergePlan& plan) {
                                         .eps = plan.gate->eps};
   return arguments;
 }
-
-}  // namespace
-
-// Out of line, so that one vtable and one typeinfo serve the whole program.
-SoftReduction::~SoftReduction() = default;
 
 void fill_branch_scale(double p, const StepRandom& random, int64_t block, int64_t branch, float* scale, int64_t batch) {
   const Philox generator(random.seed, RandomStream::drop_path,

@@ -2,6 +2,7 @@
 #pragma once
 #include <array>
 
+#include "kernels/merge.h"
 #include "nn/vit.h"
 
 namespace pyra::nn {
@@ -45,6 +46,9 @@ inline constexpr uint64_t kSitesPerStep = 4 * uint64_t(kMaxDepth);
 }
 /// 0 or 1/(1-p) for each image of a branch (0: attention, 1: MLP) of a block.
 void fill_branch_scale(double p, const StepRandom& random, int64_t block, int64_t branch, float* scale, int64_t batch);
+
+/// A merger's plan as the merge kernels take it, tensors shared; not checked.
+[[nodiscard]] kernels::MergeArguments arguments_of(const sdk::MergePlan& plan);
 
 /// The linear layers of a model in forward order; for PEFT methods and for merging them.
 [[nodiscard]] std::vector<sdk::LinearSite> linear_sites(const VitConfig& config);

@@ -42,6 +42,7 @@ class Foreign final : public sdk::TokenMerger {
   [[nodiscard]] sdk::Needs needs() const override { return {.key_mean = true, .class_attention = true}; }
   [[nodiscard]] sdk::MergePlan plan(const sdk::MergeInputs& in, const sdk::Schedule& schedule) const override {
     if (fails) throw std::runtime_error("out of ideas");
+    if (throws_a_number) throw 42;
     const int64_t images = in.tokens.size(0), r = schedule.remove[size_t(in.block)], kept = in.tokens.size(1) - r;
     // A choice that depends on what it is shown: the key's first channel or the class attention decides who leaves.
     const at::Tensor score = in.key_mean.select(2, 0) + in.class_attention + 0.01 * in.tokens.select(2, 0) + in.sizes;
@@ -51,9 +52,9 @@ class Foreign final : public sdk::TokenMerger {
     return {.keep = keep,
             .src = order.narrow(1, kept - 1, r).contiguous(),
             .dst = at::ones({images, r}, at::kLong),
-            .src_weight = at::full({images, r}, 0.5)};
+            .src_weight = weightless ? at::Tensor() : at::full({images, r}, 0.5)};
   }
-  mutable bool fails = false;
+  bool fails = false, throws_a_number = false, weightless = false;
 };
 
 }  // namespace
@@ -124,8 +125,14 @@ TEST_CASE("a third party's plan runs inside the graph", "[cuda][gpu]") {
   }
   merger->fails = true;
   CHECK_THROWS_WITH(gpu->run(bytes(config, 4)),
-                    Catch::Contains("merger 'foreign', block 0") && Catch::Contains("out of ideas"));
+                    Catch::Equals("merger 'foreign', block 0: plan() failed: out of ideas"));
   merger->fails = false;
+  merger->throws_a_number = true;
+  CHECK_THROWS_WITH(gpu->run(bytes(config, 4)), Catch::Contains("no std::exception"));
+  merger->throws_a_number = false;
+  merger->weightless = true;
+  CHECK_THROWS_WITH(gpu->run(bytes(config, 4)), Catch::Contains("block 0: the plan's shape is another"));
+  merger->weightless = false;
   const at::Tensor images = bytes(config, 3);
   CHECK(relative_difference(gpu->run(images), cpu->run(images)) <= kTolerance);
 }

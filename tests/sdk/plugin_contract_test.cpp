@@ -5,7 +5,7 @@
 #include "base/error.h"
 #include "host/plugin_registry.h"
 #include "kernels/merge.h"
-#include "nn/vit.h"
+#include "nn/vit_parts.h"
 #include "support.h"
 
 using namespace pyra;
@@ -88,17 +88,7 @@ kernels::MergeArguments plan_of(const sdk::TokenMerger& merger, const Schedule& 
                                 .key_mean = needs.key_mean ? state.key_mean : at::Tensor(),
                                 .class_attention = needs.class_attention ? state.class_attention : at::Tensor(),
                                 .learned = learned};
-  sdk::MergePlan plan = merger.plan(inputs, schedule);
-  kernels::MergeArguments arguments{.keep = plan.keep,
-                                    .src = plan.src,
-                                    .dst = plan.dst,
-                                    .weighted = plan.reduce == sdk::Reduce::weighted_mean,
-                                    .src_weight = plan.src_weight,
-                                    .src_size_scale = plan.src_size_scale};
-  if (plan.gate) {
-    arguments.gate = {plan.gate->a, plan.gate->b, plan.gate->weight, plan.gate->bias, plan.gate->eps};
-  }
-  return arguments;
+  return nn::arguments_of(merger.plan(inputs, schedule));
 }
 
 bool same(const at::Tensor& a, const at::Tensor& b) {

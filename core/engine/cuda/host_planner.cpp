@@ -7,9 +7,10 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "base/guard.h"
 #include "kernels/cuda/match.h"
 #include "kernels/cuda/rank.h"
-#include "kernels/merge.h"
+#include "nn/vit_parts.h"
 
 namespace pyra::engine {
 namespace {
@@ -46,7 +47,7 @@ void Mirror::to_device(size_t bytes, cudaStream_t stream) {
 
 HostPlanner::HostPlanner(const nn::Vit& model, int block, int tokens, int kept)
     : config_(model.config()),
-      name_(model.merge()->name),
+      who_(cat("merger '", model.merge()->name, "', block ", block)),
       merger_(model.merge()->merger),
       schedule_(model.merge()->schedule),
       learned_(model.merge()->learned),
@@ -97,27 +98,22 @@ HostPlanner::Shape HostPlanner::make_plan(const Task& task) {
                           .learned = learned_};
   if (needs_.key_mean) inputs.key_mean = view(keys_.host, {b, n, c / config_.num_heads}, at::kFloat);
   if (needs_.class_attention) inputs.class_attention = view(attention_.host, {b, n}, at::kFloat);
-  const sdk::MergePlan plan = merger_->plan(inputs, schedule_);
-  const std::string wrong = kernels::check_merge({.keep = plan.keep,
-                                                  .src = plan.src,
-                                                  .dst = plan.dst,
-                                                  .src_weight = plan.src_weight,
-                                                  .src_size_scale = plan.src_size_scale},
-                                                 b, n, kept_, config_.protected_tokens());
-  if (!wrong.empty()) fail(ExitCode::plugin, wrong);
+  const auto plan = nn::arguments_of(guard(who_, "plan()", [&] { return merger_->plan(inputs, schedule_); }));
+  std::string wrong = kernels::check_merge(plan, b, n, kept_, config_.protected_tokens());
+  if (wrong.empty() && plan.gate && plan.gate->b.size(1) != c)
+    wrong = cat("gate.b has ", plan.gate->b.size(1), " channels; expected ", c);
+  if (!wrong.empty()) fail(ExitCode::plugin, who_, ": ", wrong);
 
   put_indices(plan.keep, keep_.host);
   put_indices(plan.src, src_.host);
   put_indices(plan.dst, dst_.host);
-  Shape shape{.merged = int(plan.src.size(1)), .weighted = plan.reduce == sdk::Reduce::weighted_mean};
+  Shape shape{.merged = int(plan.src.size(1)), .weighted = plan.weighted};
   shape.src_weight = plan.src_weight.defined();
   shape.src_size_scale = plan.src_size_scale.defined();
   if (shape.src_weight) put_floats(plan.src_weight, weight_.host.get<float>());
   if (shape.src_size_scale) put_floats(plan.src_size_scale, scale_.host.get<float>());
   if (plan.gate) {
-    const sdk::Gate& gate = *plan.gate;
-    if (gate.a.numel() != shape.merged || gate.b.numel() != c || gate.weight.numel() != c || gate.bias.numel() != c)
-      fail(ExitCode::plugin, "the gate's tensors do not fit ", shape.merged, " merged tokens of ", c, " channels");
+    const kernels::MergeGate& gate = *plan.gate;
     float* to = gate_.host.get<float>();
     put_floats(gate.b, to);
     put_floats(gate.weight, to + c);
@@ -138,9 +134,9 @@ void HostPlanner::take_harmless_plan(int batch) noexcept {
   std::fill_n(dst_.host.get<int32_t>(), count, 0);
 }
 
-void HostPlanner::fail_with(Error error) noexcept {
+void HostPlanner::keep_failure(std::exception_ptr failure) noexcept {
   const std::lock_guard lock(mutex_);
-  if (!failure_) failure_ = std::make_exception_ptr(std::move(error));
+  if (!failure_) failure_ = std::move(failure);
 }
 
 std::exception_ptr HostPlanner::take_failure() {
@@ -154,19 +150,12 @@ void HostPlanner::run(void* argument) {
   // A driver's thread: nothing may leave it but through failure_.
   try {
     if (self.make_plan(task) != *self.shape_)
-      fail(ExitCode::plugin,
-           "the plan's shape is another than in the pass before; it may depend on the schedule alone");
-    return;
-  } catch (const c10::Error& error) {
-    self.fail_with(Error(ExitCode::plugin, cat("merger '", self.name_, "', block ", self.block_,
-                                               ": plan() failed: ", error.what_without_backtrace())));
-  } catch (const std::exception& error) {
-    self.fail_with(Error(ExitCode::plugin, cat("merger '", self.name_, "', block ", self.block_, ": ", error.what())));
+      fail(ExitCode::plugin, self.who_,
+           ": the plan's shape is another than in the pass before; it may depend on the schedule alone");
   } catch (...) {
-    self.fail_with(Error(ExitCode::plugin, cat("merger '", self.name_, "', block ", self.block_,
-                                               ": plan() threw something that is no std::exception")));
+    self.keep_failure(std::current_exception());
+    self.take_harmless_plan(task.batch);
   }
-  self.take_harmless_plan(task.batch);
 }
 
 void HostPlanner::send_plan(int batch, kernels::cuda::MergeCall& call, cudaStream_t stream) {
@@ -208,11 +197,7 @@ void HostPlanner::enqueue(const Inputs& inputs, int batch, kernels::cuda::MergeC
   send_inputs(inputs, batch, stream);
   if (!shape_) {
     PYRA_CUDA(cudaStreamSynchronize(stream));
-    try {
-      shape_ = make_plan(*task);
-    } catch (const std::exception& error) {
-      fail(ExitCode::plugin, "merger '", name_, "', block ", block_, ": ", error.what());
-    }
+    shape_ = make_plan(*task);
   } else {
     PYRA_CUDA(cudaLaunchHostFunc(stream, &HostPlanner::run, task.get()));
     tasks_.push_back(std::move(task));

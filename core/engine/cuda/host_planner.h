@@ -45,7 +45,7 @@ class HostPlanner {
   /// plan, to learn what its shape is; later ones may be captured, and a plan of another shape is an error of the
   /// merger's.
   void enqueue(const Inputs& inputs, int batch, kernels::cuda::MergeCall& call, cudaStream_t stream);
-  /// What plan() or its check threw since the last call, if anything: Error(plugin) naming merger, block and index.
+  /// What plan() (under guard(), base/guard.h) or its check threw since the last call, if anything.
   [[nodiscard]] std::exception_ptr take_failure();
   [[nodiscard]] const sdk::Needs& needs() const { return needs_; }
 
@@ -65,13 +65,13 @@ class HostPlanner {
   };
   static void run(void* task);
   [[nodiscard]] Shape make_plan(const Task& task);
-  void fail_with(Error error) noexcept;
+  void keep_failure(std::exception_ptr failure) noexcept;
   void take_harmless_plan(int batch) noexcept;
   void send_inputs(const Inputs& inputs, int batch, cudaStream_t stream);
   void send_plan(int batch, kernels::cuda::MergeCall& call, cudaStream_t stream);
 
   nn::VitConfig config_;
-  std::string name_;
+  std::string who_;  ///< in errors: merger and block
   std::shared_ptr<const sdk::TokenMerger> merger_;
   sdk::Schedule schedule_;
   nn::TensorMap learned_;
