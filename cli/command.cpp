@@ -9,6 +9,7 @@
 #include <sstream>
 
 #include "base/error.h"
+#include "data/dataset.h"
 #include "progress_bar.h"
 
 namespace pyra::cli {
@@ -73,6 +74,17 @@ void Session::print(const nlohmann::json& document, const std::function<void(std
   std::ostringstream text;
   human(text);
   write_stdout(printable(text.str()));
+}
+
+void add_bad_images_option(CLI::App& command, data::BadImages& bad) {
+  command
+      .add_option_function<std::string>(
+          "--bad-images",
+          [&bad](const std::string& what) { bad = what == "skip" ? data::BadImages::skip : data::BadImages::fail; },
+          "At an image that does not decode: fail, or skip it and say so")
+      ->check(CLI::IsMember({"fail", "skip"}).description(""))
+      ->type_name("fail|skip")
+      ->default_str("fail");
 }
 
 void add_common_options(CLI::App& app, Session& session) {

@@ -13,6 +13,10 @@
 #include "base/progress.h"
 #include "host/plugin_registry.h"
 
+namespace pyra::data {
+enum class BadImages;
+}
+
 namespace pyra::cli {
 
 /// The options every subcommand takes.
@@ -52,6 +56,9 @@ CLI::App* add_command(CLI::App& root, Session& session, const std::string& name,
 
 /// The options common to all, on an app that is no subcommand of its own: the root, so they may come first too.
 void add_common_options(CLI::App& app, Session& session);
+
+/// --bad-images fail|skip; sets `bad`, which has to live as long as `command`.
+void add_bad_images_option(CLI::App& command, data::BadImages& bad);
 
 /// Whoever read our output has gone: nothing is wrong, nothing is left to say.
 struct BrokenPipe {};

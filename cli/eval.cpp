@@ -44,13 +44,16 @@ void print_human(std::ostream& out, const tasks::EvalOptions& options, const tas
   out << "model   " << options.run.model.string() << " (" << result.arch << ", " << result.merge << ", "
       << result.device << ", " << result.dtype << ")\n"
       << "data    " << options.data.string() << ", split " << options.split << "\n";
-  for (const auto& [key, value] : result.provenance) out << std::left << std::setw(8) << key << " " << value << "\n";
   out << "top-1   " << percent(result.correct) << "\n";
   if (result.correct_top5) out << "top-5   " << percent(*result.correct_top5) << "\n";
   out << std::fixed << std::setprecision(4) << "loss    " << result.loss << "\n"
       << std::setprecision(1) << "speed   " << result.forward_images_per_second << " images/s forward, "
       << result.images_per_second << " images/s with decoding, batch " << options.batch << "\n"
       << "cost    " << grouped(result.macs) << " MACs an image, " << grouped(result.parameters) << " parameters\n";
+  if (!result.provenance.empty()) {
+    out << "the file says of itself\n";
+    for (const auto& [key, value] : result.provenance) out << "        " << key << ": " << value << "\n";
+  }
   if (!result.skipped.empty()) {
     out << "skipped " << result.skipped.size() << " images, left out of every figure above:\n";
     for (const auto& [path, reason] : result.skipped) out << "        " << path << ": " << reason << "\n";
@@ -66,7 +69,7 @@ tasks::VisualizeReport write_pages(const tasks::EvalOptions& options, int64_t im
                            .split = options.split,
                            .images = images,
                            .out = out,
-                           .skip_bad_images = options.skip_bad_images},
+                           .bad_images = options.bad_images},
                           session.plugins(), session.progress());
 }
 
@@ -99,7 +102,6 @@ void add_visualize_options(CLI::App& command, Visualization& visualization) {
 void add_eval(CLI::App& root, Session& session) {
   CLI::App* command = add_command(root, session, "eval", "Accuracy and speed of a model on a data set");
   const auto options = std::make_shared<tasks::EvalOptions>();
-  const auto bad_images = std::make_shared<std::string>("fail");
   const auto visualization = std::make_shared<Visualization>();
   command->add_option("MODEL", options->run.model, "Model file (.safetensors, ours or timm's)")
       ->required()
@@ -114,10 +116,7 @@ void add_eval(CLI::App& root, Session& session) {
       ->capture_default_str();
   command->add_option("--predictions", options->predictions, "Write path,label,predicted,probability as CSV")
       ->type_name("FILE");
-  command->add_option("--bad-images", *bad_images, "At an image that does not decode: fail, or skip it and say so")
-      ->check(CLI::IsMember({"fail", "skip"}).description(""))
-      ->type_name("fail|skip")
-      ->capture_default_str();
+  add_bad_images_option(*command, options->bad_images);
   add_visualize_options(*command, *visualization);
   command->add_flag("--exact-gelu", options->run.exact_gelu,
                     "On a GPU in bf16 or fp16: GELU by erf, not its tanh form");
@@ -127,12 +126,11 @@ Examples:
   pyractl eval vit.safetensors --data task.tar --set merge.name=tome --set merge.schedule=high
   pyractl eval vit.safetensors --data photos/ --split val --predictions wrong.csv --json
   pyractl eval merged.safetensors --data task.tar --visualize 16)");
-  command->callback([&session, options, bad_images, visualization] {
-    session.action = [&session, options, bad_images, visualization] {
+  command->callback([&session, options, visualization] {
+    session.action = [&session, options, visualization] {
       options->run.device = session.globals.device;
       options->run.dtype = session.globals.dtype;
       options->run.set = session.globals.set;
-      options->skip_bad_images = *bad_images == "skip";
       std::optional<tasks::VisualizeReport> pages;
       if (visualization->images > 0) pages = write_pages(*options, visualization->images, visualization->out, session);
       const tasks::EvalResult result = tasks::evaluate(*options, session.plugins(), session.progress());

@@ -12,7 +12,7 @@ namespace {
 
 struct FinetuneCommand {
   std::filesystem::path recipe, model, data, out;
-  std::string bad_images = "fail";
+  data::BadImages bad_images = data::BadImages::fail;
   bool resume = false, dry_run = false, new_head = false, deterministic = false;
 };
 
@@ -81,7 +81,7 @@ int run(const FinetuneCommand& o, Session& session) {
   options.recipe = read_recipe(o, session.globals);
   options.device = session.globals.device;
   options.resume = o.resume;
-  options.bad_images = o.bad_images == "skip" ? data::BadImages::skip : data::BadImages::fail;
+  options.bad_images = o.bad_images;
   if (o.dry_run) {
     const auto report = tasks::finetune_dry_run(options, session.plugins(), session.progress());
     session.print(nlohmann::json::parse(to_json(report)), [&](std::ostream& out) { write_dry_run(out, report); });
@@ -103,11 +103,7 @@ void add_finetune(CLI::App& root, Session& session) {
   command->add_option("--model", options->model, "Model to start from, instead of the recipe's")->type_name("MODEL");
   command->add_option("--data", options->data, "Folder or .tar, instead of the recipe's")->type_name("DATA");
   command->add_option("--out", options->out, "Run folder, new or empty")->type_name("RUN");
-  command
-      ->add_option("--bad-images", options->bad_images, "fail or skip: what to do with an image that does not decode")
-      ->type_name("DO")
-      ->check(CLI::IsMember({"fail", "skip"}).description(""))
-      ->capture_default_str();
+  add_bad_images_option(*command, options->bad_images);
   command->add_flag("--new-head", options->new_head, "Train a new head even where the model's would fit");
   command->add_flag("--deterministic", options->deterministic,
                     "On a GPU: bit-equal on every machine of its kind, not only with the same cache (slower)");

@@ -34,37 +34,48 @@ std::string read_stdin() {
   return bytes;
 }
 
-nlohmann::json to_json(const tasks::PredictOptions& options, const std::vector<tasks::Prediction>& predictions) {
-  nlohmann::json list = nlohmann::json::array();
-  for (const tasks::Prediction& prediction : predictions) {
+nlohmann::json to_json(const tasks::PredictOptions& options, const tasks::Predictions& predictions) {
+  nlohmann::json list = nlohmann::json::array(), skipped = nlohmann::json::array();
+  for (const tasks::Prediction& prediction : predictions.images) {
     nlohmann::json top = nlohmann::json::array();
     for (const tasks::ClassProbability& entry : prediction.top)
       top.push_back({{"label", entry.label}, {"class", entry.name}, {"probability", entry.probability}});
     list.push_back({{"path", prediction.path}, {"top", top}});
   }
-  return {{"model", options.run.model.string()}, {"predictions", list}};
+  for (const data::BadImage& bad : predictions.skipped) skipped.push_back({{"path", bad.path}, {"reason", bad.reason}});
+  return {{"model", options.run.model.string()}, {"predictions", list}, {"skipped", skipped}};
 }
 
-void print_human(std::ostream& out, const std::vector<tasks::Prediction>& predictions) {
+void print_human(std::ostream& out, const tasks::Predictions& predictions) {
   out << std::fixed << std::setprecision(2);
-  for (const tasks::Prediction& prediction : predictions) {
+  for (const tasks::Prediction& prediction : predictions.images) {
     out << prediction.path << "\n";
     for (const tasks::ClassProbability& entry : prediction.top)
       out << std::setw(8) << 100 * entry.probability << "%  " << entry.name << "\n";
   }
+  if (!predictions.skipped.empty()) out << "skipped " << predictions.skipped.size() << " images:\n";
+  for (const data::BadImage& bad : predictions.skipped) out << "        " << bad.path << ": " << bad.reason << "\n";
 }
 
 }  // namespace
 
 void add_predict(CLI::App& root, Session& session) {
-  CLI::App* command = add_command(root, session, "predict", "Classes of an image, a folder of images, or stdin");
+  CLI::App* command =
+      add_command(root, session, "predict", "Classes of an image, of the images in a folder or .tar, or of stdin");
   const auto options = std::make_shared<tasks::PredictOptions>();
   command->add_option("MODEL", options->run.model, "Model file (.safetensors)")->required()->type_name("");
-  command->add_option("IMAGE", options->input, "Image, folder, or - for one image on stdin")->required()->type_name("");
+  command->add_option("IMAGE", options->input, "Image, folder, .tar, or - for one image on stdin")
+      ->required()
+      ->type_name("");
   command->add_option("--top", options->top, "How many classes to name")
       ->type_name("N")
       ->check(CLI::Range(1, 1 << 20).description(""))
       ->capture_default_str();
+  command->add_option("--batch", options->batch, "Images at once, of a folder or .tar")
+      ->type_name("N")
+      ->check(CLI::Range(1, 65536).description(""))
+      ->capture_default_str();
+  add_bad_images_option(*command, options->bad_images);
   command->add_flag("--exact-gelu", options->run.exact_gelu,
                     "On a GPU in bf16 or fp16: GELU by erf, not its tanh form");
   command->footer(R"(

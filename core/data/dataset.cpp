@@ -85,6 +85,20 @@ Dataset Dataset::open(const std::filesystem::path& path, const OpenOptions& opti
   return Dataset(std::move(state));
 }
 
+Dataset Dataset::unlabelled(const std::filesystem::path& path) {
+  auto state = std::make_shared<State>();
+  state->path = path;
+  state->store = open_store(path);
+  std::vector<Sample> samples;
+  for (std::string& name : state->store->names())
+    if (is_image_name(name)) samples.push_back({.path = std::move(name), .label = 0, .origin = {}});
+  if (samples.empty())
+    fail(ExitCode::input, path.string(), ": no image in it (",
+         join(std::vector<std::string>(std::begin(kImageEndings), std::end(kImageEndings))), ")");
+  state->catalogue = {.splits = {{kUnlabelled, std::move(samples)}}, .class_names = {"0"}, .named = false};
+  return Dataset(std::move(state));
+}
+
 const std::filesystem::path& Dataset::path() const {
   return state_->path;
 }
@@ -126,17 +140,6 @@ std::vector<std::string> Dataset::left_out() const {
 std::vector<uint8_t> Dataset::read(const Sample& sample) const {
   if (!state_->store->contains(sample.path)) fail(ExitCode::input, describe(sample), ": the image is missing");
   return state_->store->read(sample.path);
-}
-
-std::vector<std::filesystem::path> list_images(const std::filesystem::path& folder) {
-  std::error_code error;
-  if (!std::filesystem::is_directory(folder, error)) fail(ExitCode::input, folder.string(), ": not a folder");
-  std::vector<std::filesystem::path> images;
-  for (const std::string& name : open_store(folder)->names()) {
-    if (is_image_name(name)) images.push_back(folder / name);
-  }
-  if (images.empty()) fail(ExitCode::input, folder.string(), ": no images (jpg, jpeg, png, bmp, ppm, pgm) in it");
-  return images;
 }
 
 }  // namespace pyra::data

@@ -14,6 +14,14 @@ struct Sample {
   std::string origin;  ///< "test.txt:17": the line that names it; empty in an ImageFolder
 };
 
+/// At an image that does not decode.
+enum class BadImages { fail, skip };
+
+/// One that was skipped.
+struct BadImage {
+  std::string path, reason;
+};
+
 /// For looking into a data set that may be at fault.
 struct OpenOptions {
   /// One more list file, `path label` by the data set's root; its split is called by the file's name without ".txt".
@@ -39,6 +47,10 @@ class Dataset {
   /// "oxford_iiit_pet" stand for one another (with ".tar" too), and path() says which was found.
   [[nodiscard]] static Dataset open(const std::filesystem::path& path);
   [[nodiscard]] static Dataset open(const std::filesystem::path& path, const OpenOptions& options);
+  /// Every image in or below `path`, a folder or a .tar, whatever else lies there, sorted: the one split kUnlabelled,
+  /// all of label 0. Error(input), also when there are none.
+  [[nodiscard]] static Dataset unlabelled(const std::filesystem::path& path);
+  static constexpr const char* kUnlabelled = "images";
   ~Dataset();
   Dataset(Dataset&&) noexcept;
   Dataset& operator=(Dataset&&) noexcept;
@@ -63,8 +75,5 @@ class Dataset {
   explicit Dataset(std::shared_ptr<State> state);
   std::shared_ptr<State> state_;
 };
-
-/// The images in a folder and below it, sorted; Error(input) when there are none.
-[[nodiscard]] std::vector<std::filesystem::path> list_images(const std::filesystem::path& folder);
 
 }  // namespace pyra::data

@@ -63,12 +63,11 @@ Image decode(std::span<const uint8_t> bytes, const std::string& name) {
 }
 
 bool is_image_name(std::string_view name) {
-  static constexpr std::string_view kEndings[] = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm"};
   const size_t dot = name.rfind('.');
   if (dot == std::string_view::npos) return false;
   std::string ending(name.substr(dot));
   for (char& c : ending) c = char(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c);
-  return std::ranges::find(kEndings, ending) != std::end(kEndings);
+  return std::ranges::find(kImageEndings, ending) != std::end(kImageEndings);
 }
 
 Image crop(const Image& image, int64_t top, int64_t left, int64_t height, int64_t width) {

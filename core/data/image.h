@@ -23,8 +23,9 @@ inline constexpr int64_t kMaxImagePixels = 100'000'000;
 /// Grey, palette, RGBA and 16-bit are converted as Pillow's convert("RGB") does.
 [[nodiscard]] Image decode(std::span<const uint8_t> bytes, const std::string& name);
 
-/// Whether a file's name ends as an image's that decode() may read: jpg, jpeg, png, bmp, ppm, pgm, in any case.
+/// Whether a file's name ends as an image's that decode() may read, in any case.
 [[nodiscard]] bool is_image_name(std::string_view name);
+inline constexpr std::string_view kImageEndings[] = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pnm"};
 
 /// The part of `height` x `width` whose upper left corner is (top, left); it must lie within the image.
 [[nodiscard]] Image crop(const Image& image, int64_t top, int64_t left, int64_t height, int64_t width);

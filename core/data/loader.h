@@ -14,12 +14,6 @@
 
 namespace pyra::data {
 
-enum class BadImages { fail, skip };
-
-struct BadImage {
-  std::string path, reason;
-};
-
 /// Some images of a split in memory, prepared: decoded in parallel.
 struct ImageSet {
   at::Tensor images;  ///< [n,size,size,3] uint8

@@ -3,7 +3,6 @@
 
 #include <chrono>
 #include <cstdio>
-#include <deque>
 
 #include "base/clock.h"
 #include "base/error.h"
@@ -11,6 +10,7 @@
 #include "data/loader.h"
 #include "io/atomic_file.h"
 #include "tasks/assemble.h"
+#include "tasks/pipeline.h"
 #include "tasks/predictions.h"
 #include "tasks/tuned_model.h"
 
@@ -93,44 +93,6 @@ class Score {
   double loss_ = 0;
 };
 
-/// Decodes a batch while those before are on their way through the engine.
-class Pipeline {
- public:
-  Pipeline(engine::Engine& engine, Score& score, PredictionsFile& predictions)
-      : engine_(engine), score_(score), predictions_(predictions) {}
-
-  void submit(data::ImageSet set) {
-    if (int64_t(queue_.size()) == engine_.in_flight()) collect();
-    engine_.submit(set.images);
-    queue_.push_back(std::move(set));
-  }
-  void collect_all() {
-    while (!queue_.empty()) collect();
-  }
-  /// Of the network alone; without the first batch, which warms up, if there are more.
-  [[nodiscard]] double images_per_second() const {
-    const bool only = images_ == first_images_;
-    return double(only ? images_ : images_ - first_images_) / (only ? seconds_ : seconds_ - first_seconds_);
-  }
-
- private:
-  void collect() {
-    const at::Tensor logits = engine_.collect();
-    images_ += logits.size(0);
-    seconds_ += engine_.last_seconds();
-    if (first_images_ == 0) first_images_ = images_, first_seconds_ = seconds_;
-    score_.add(queue_.front(), logits, predictions_);
-    queue_.pop_front();
-  }
-
-  engine::Engine& engine_;
-  Score& score_;
-  PredictionsFile& predictions_;
-  std::deque<data::ImageSet> queue_;
-  int64_t images_ = 0, first_images_ = 0;
-  double seconds_ = 0, first_seconds_ = 0;
-};
-
 }  // namespace
 
 void check_classes(const io::ModelFile& model, const std::string& model_path, const data::Dataset& dataset) {
@@ -167,11 +129,11 @@ EvalResult evaluate(const EvalOptions& options, const host::PluginRegistry& plug
   result.provenance = model.file.provenance;
   if (model.file.config.num_classes > 5) result.correct_top5 = 0;
 
-  data::SplitReader reader(dataset, options.split, model.file.preprocess,
-                           options.skip_bad_images ? data::BadImages::skip : data::BadImages::fail);
+  data::SplitReader reader(dataset, options.split, model.file.preprocess, options.bad_images);
   const auto engine = make_engine(model, device, precision, options.run.exact_gelu);
   Score score(result, options);
-  Pipeline pipeline(*engine, score, predictions);
+  Pipeline pipeline(*engine,
+                    [&](const data::ImageSet& set, const at::Tensor& logits) { score.add(set, logits, predictions); });
   const auto start = Clock::now();
   progress.begin("eval", reader.total(), "images");
   int64_t decoded = 0;
@@ -183,6 +145,7 @@ EvalResult evaluate(const EvalOptions& options, const host::PluginRegistry& plug
     progress.update(decoded, result.images > 0 ? score.note() : "");
   }
   pipeline.collect_all();
+  progress.update(decoded, score.note());
   progress.end();
   result.images_per_second = double(result.images) / seconds_since(start);
   result.forward_images_per_second = pipeline.images_per_second();

@@ -21,7 +21,7 @@ struct EvalOptions {
   std::string split = "test";
   int64_t batch = 32;
   std::filesystem::path predictions;  ///< CSV path,label,predicted,probability; empty: none
-  bool skip_bad_images = false;       ///< else the first one is an error
+  data::BadImages bad_images = data::BadImages::fail;
 };
 
 struct EvalResult {

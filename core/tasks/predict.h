@@ -7,15 +7,18 @@
 #include <vector>
 
 #include "base/progress.h"
+#include "data/dataset.h"
 #include "tasks/run_model.h"
 
 namespace pyra::tasks {
 
 struct PredictOptions {
   RunOptions run;
-  std::filesystem::path input;       ///< an image, or a folder: all images below it, sorted by path
+  std::filesystem::path input;       ///< an image; or a folder or .tar: all images below it, sorted by path
   std::optional<std::string> bytes;  ///< the encoded image itself instead; `input` is then only its name
   int64_t top = 5;
+  int64_t batch = 32;
+  data::BadImages bad_images = data::BadImages::fail;  ///< of a folder or .tar
 };
 
 struct ClassProbability {
@@ -25,12 +28,18 @@ struct ClassProbability {
 };
 
 struct Prediction {
-  std::string path;
+  std::string path;                   ///< `input`, or below it; inside a .tar from its root
   std::vector<ClassProbability> top;  ///< most probable first; ties by the lowest label
 };
 
-/// Error(input) for an image that cannot be read or a folder without images.
-[[nodiscard]] std::vector<Prediction> predict(const PredictOptions& options, const host::PluginRegistry& plugins,
-                                              Progress& progress = silent_progress());
+struct Predictions {
+  std::vector<Prediction> images;
+  std::vector<data::BadImage> skipped;
+};
+
+/// Error(input) for an image that cannot be read or a folder without images, Error(untrusted) when a logit is not
+/// finite.
+[[nodiscard]] Predictions predict(const PredictOptions& options, const host::PluginRegistry& plugins,
+                                  Progress& progress = silent_progress());
 
 }  // namespace pyra::tasks

@@ -107,8 +107,7 @@ VisualizeReport visualize(const VisualizeOptions& options, const host::PluginReg
          "merge.name=tome --set merge.schedule=high");
   const data::Dataset dataset = data::Dataset::open(options.data);
   check_classes(model.file, options.run.model.string(), dataset);
-  data::SplitReader reader(dataset, options.split, model.file.preprocess,
-                           options.skip_bad_images ? data::BadImages::skip : data::BadImages::fail);
+  data::SplitReader reader(dataset, options.split, model.file.preprocess, options.bad_images);
   Gallery gallery(options, model, dataset);
   const int64_t wanted = std::min(options.images, reader.total());
   progress.begin("visualize", wanted, "images");

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/progress.h"
+#include "data/dataset.h"
 #include "data/image.h"
 #include "tasks/run_model.h"
 #include "tasks/token_groups.h"
@@ -15,9 +16,9 @@ struct VisualizeOptions {
   RunOptions run;  ///< device and dtype play no part: the reference path on the CPU in fp32 computes what is shown
   std::filesystem::path data;
   std::string split = "test";
-  int64_t images = 8;            ///< the first of the split
-  std::filesystem::path out;     ///< folder; made where it is not there, pages of the same names are replaced
-  bool skip_bad_images = false;  ///< else the first one is an error
+  int64_t images = 8;         ///< the first of the split
+  std::filesystem::path out;  ///< folder; made where it is not there, pages of the same names are replaced
+  data::BadImages bad_images = data::BadImages::fail;
 };
 
 struct VisualizeReport {

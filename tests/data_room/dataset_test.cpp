@@ -355,14 +355,22 @@ TEST_CASE("an image folder without splits is split 80/20 in every class, always 
   CHECK(Dataset::open(folder / "again").class_names() == dataset.class_names());
 }
 
-TEST_CASE("the images of a folder are listed, those below it too, and nothing else") {
+TEST_CASE("a set without labels is every image of a folder or .tar, those below it too, and nothing else") {
   const TempDir folder;
   write_folder(folder.path(), {{"b.JPG", ""}, {"a.png", ""}, {"sub/c.bmp", ""}, {"d.txt", ""}, {".e.png", ""}});
-  CHECK(list_images(folder.path()) ==
-        std::vector<std::filesystem::path>{folder / "a.png", folder / "b.JPG", folder / "sub/c.bmp"});
+  const auto paths = [](const Dataset& dataset) {
+    std::vector<std::string> found;
+    for (const Sample& sample : dataset.split(Dataset::kUnlabelled)) found.push_back(sample.path);
+    return found;
+  };
+  CHECK(paths(Dataset::unlabelled(folder.path())) == std::vector<std::string>{"a.png", "b.JPG", "sub/c.bmp"});
+  const TempDir other;
+  write_tar(other / "set.tar", {{"b.JPG", ""}, {"a.png", ""}, {"d.txt", ""}});
+  CHECK(paths(Dataset::unlabelled(other / "set.tar")) == std::vector<std::string>{"a.png", "b.JPG"});
   const TempDir empty;
-  check_error(ExitCode::input, {empty.path().string(), "no images"}, [&] { (void)list_images(empty.path()); });
-  check_error(ExitCode::input, {"a.png", "not a folder"}, [&] { (void)list_images(folder / "a.png"); });
+  check_error(ExitCode::input, {empty.path().string(), "no image", ".jpg"},
+              [&] { (void)Dataset::unlabelled(empty.path()); });
+  check_error(ExitCode::input, {"none", "no such file"}, [&] { (void)Dataset::unlabelled(empty / "none"); });
 }
 
 }  // namespace
