@@ -121,6 +121,13 @@ ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& 
   return model;
 }
 
+void begin_provenance(ModelFile& model, const std::string& how, const std::filesystem::path& origin) {
+  std::map<std::string, std::string> said{{how, origin.filename().string()}};
+  for (auto& [key, value] : model.provenance)
+    if (!key.starts_with("base_")) said.emplace("base_" + key, std::move(value));
+  model.provenance = std::move(said);
+}
+
 void write_model(const std::filesystem::path& path, const ModelFile& model, ModelFormat format) {
   if (format == ModelFormat::hf) {
     check_model(model, path.string());

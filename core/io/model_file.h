@@ -34,6 +34,10 @@ struct ModelFile {
   std::map<std::string, std::string> provenance;  ///< free text kept in the file: protocol, base, command
 };
 
+/// For a model made from another, whose file `origin` is: provenance becomes {how: its name} and base_KEY for each KEY
+/// that stood there, so that nobody takes the one's accuracy for the other's. What was a base_KEY already goes.
+void begin_provenance(ModelFile& model, const std::string& how, const std::filesystem::path& origin);
+
 struct ReadModelOptions {
   /// Position embeddings are resized (bicubic, antialiased, as timm) when this differs from the file's.
   std::optional<int64_t> image_size{};
@@ -41,10 +45,9 @@ struct ReadModelOptions {
 };
 
 /// Reads ours, timm's, Google's .npz (augreg_model.h), or a folder of the Hugging Face hub (hf_model.h,
-/// timm_folder.h); Error(input) names file, tensor, got,
-/// expected. Half-precision weights become fp32. A config is inferred from shapes where no metadata says it (heads:
-/// as the metadata say, or the architecture they name, or a published model of that size; else of 64 channels). A
-/// pickle is never read here (torch_file.h).
+/// timm_folder.h); Error(input) names file, tensor, got, expected. Half-precision weights become fp32. A config is
+/// inferred from shapes where no metadata says it (heads: as the metadata say, or the architecture they name, or a
+/// published model of that size; else of 64 channels). A pickle is never read here (torch_file.h).
 [[nodiscard]] ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& options = {});
 
 /// A model from tensors with timm's names, `options.image_size` left aside: the road of every file but ours and Hugging

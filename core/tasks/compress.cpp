@@ -158,7 +158,7 @@ CompressResult compress(const CompressOptions& options, const host::PluginRegist
   result.remove = schedule.remove, result.prune = schedule.prune, result.merge = schedule.merge;
   if (timing) put_timing(*timing, result);
   stop_if_asked("compress");
-  model.file.provenance["compressed_from"] = options.run.model.filename().string();
+  io::begin_provenance(model.file, "compressed_from", options.run.model);
   if (result.search) {
     model.file.provenance["searched_on"] = options.search->data.filename().string();
     if (!options.search->schedule_out.empty()) write_counts(options.search->schedule_out, *result.search);

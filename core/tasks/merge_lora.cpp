@@ -75,7 +75,7 @@ Tuned open_run(const RunFolder& run, const host::PluginRegistry& plugins) {
   tuned.peft = tuned.recipe.peft.name.empty() ? "none" : tuned.recipe.peft.name;
   tuned.model = make_tuned_model(tuned.recipe, tuned.info->classes, plugins);
   load_adapter(run, tuned.model, *tuned.info);
-  tuned.model.file.provenance["base"] = tuned.recipe.model.filename().string();
+  io::begin_provenance(tuned.model.file, "base", tuned.recipe.model);
   tuned.model.file.provenance["peft"] = tuned.peft;
   return tuned;
 }

@@ -132,7 +132,7 @@ Model open_peft_adapter(const fs::path& folder, const fs::path& base, const host
   model.vit = std::make_unique<nn::Vit>(model.file.config, model.file.weights);
   model.vit->set_merge(std::move(merge));
   model.vit->set_peft(make_setup(adapter));
-  model.file.provenance["base"] = base.filename().string();
+  io::begin_provenance(model.file, "base", base);
   model.file.provenance["peft"] = cat("lora, of ", library_of(adapter.naming.names), "'s names");
   return model;
 }

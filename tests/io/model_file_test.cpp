@@ -90,6 +90,14 @@ void write_changed(const fs::path& path, const std::string& pointer, const json&
 
 }  // namespace
 
+TEST_CASE("what a model is made from says of itself is told as the other's") {
+  ModelFile model;
+  model.provenance = {{"accuracy", "0.9"}, {"base", "first"}, {"base_epochs", "300"}};
+  begin_provenance(model, "base", "models/second.safetensors");
+  CHECK(model.provenance == std::map<std::string, std::string>{
+                                {"base", "second.safetensors"}, {"base_accuracy", "0.9"}, {"base_base", "first"}});
+}
+
 TEST_CASE("a model survives its file: config, preprocessing, classes, merge, weights, provenance") {
   const test::TempDir dir;
   const ModelFile model = full_model();

@@ -53,6 +53,7 @@ TEST_CASE("a tuned model merged into one file gives the same answers", "[merge-l
   REQUIRE(file.merge.has_value());
   CHECK(file.merge->learned.size() == 8);
   CHECK(file.provenance.at("protocol") == "vtab");
+  CHECK(file.provenance.at("base") == "model.safetensors");
   const auto json = nlohmann::json::parse(to_json(report));
   CHECK(json.at("verification").at("relative") == report.verification.relative());
   // Only the named file is left.
