@@ -65,6 +65,9 @@ at::Tensor resized_positions(const at::Tensor& positions, int64_t prefix_tokens,
 
 void change_image_size(ModelFile& model, int64_t image_size, const std::string& where) {
   nn::VitConfig config = model.config;
+  if (image_size % config.patch_size != 0 || image_size < config.patch_size)
+    fail(ExitCode::usage, "preprocess.size is ", image_size, ", expected a multiple of ", config.patch_size,
+         ", the size of a patch of ", where);
   config.image_size = image_size;
   nn::check_config(config, where);
   at::Tensor& positions = model.weights.at("pos_embed");

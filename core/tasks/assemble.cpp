@@ -92,6 +92,17 @@ void detach_merge(Model& model) {
   model.file.merge.reset();
 }
 
+void check_finite(const Model& model, const std::filesystem::path& path) {
+  const auto check = [&](const sdk::TensorMap& tensors) {
+    for (const auto& [name, tensor] : tensors)
+      if (!tensor.isfinite().all().item<bool>())
+        fail(ExitCode::untrusted, path.string(), ": tensor '", name,
+             "' holds values that are not finite; the file is damaged or its training diverged");
+  };
+  check(model.file.weights);
+  if (model.file.merge) check(model.file.merge->learned);
+}
+
 void attach_peft(Model& model, const host::PluginRegistry& plugins, const io::PluginChoice& peft, uint64_t seed) {
   auto setup = std::make_unique<nn::PeftSetup>();
   setup->name = peft.name;

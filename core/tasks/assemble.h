@@ -37,6 +37,9 @@ void attach_merge(Model& model, const host::PluginRegistry& plugins, const io::P
                   const sdk::Schedule& schedule, bool proportional_attention, std::optional<uint64_t> fresh_seed);
 void detach_merge(Model& model);
 
+/// Error(untrusted) naming the first tensor of the model, or of its merger, that holds a value that is not finite.
+void check_finite(const Model& model, const std::filesystem::path& path);
+
 /// Attaches a PEFT method with fresh tensors by seed.
 void attach_peft(Model& model, const host::PluginRegistry& plugins, const io::PluginChoice& peft, uint64_t seed);
 

@@ -66,6 +66,7 @@ void check_options(const CompressOptions& options) {
 
 Model load_dense(const CompressOptions& options, const host::PluginRegistry& plugins) {
   Model model = load_model(options.run.model, plugins);
+  check_finite(model, options.run.model);
   if (!model.file.merge) return model;
   const io::MergeSpec& has = *model.file.merge;
   if (!has.learned.empty())

@@ -198,6 +198,7 @@ ConvertReport convert(const ConvertOptions& options, const host::PluginRegistry&
   file.provenance["converted_from"] = options.file.filename().string();
   file.provenance["pyractl"] = PYRA_VERSION;
   const Model model = make_model(std::move(file), plugins, options.file.string());
+  check_finite(model, options.file);
   io::write_model(options.out, model.file);
   return report_on(model, options, converter.source());
 }

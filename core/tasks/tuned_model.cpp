@@ -64,6 +64,7 @@ Model make_tuned_model(const io::Recipe& recipe, const Classes& classes, const h
     fail(ExitCode::usage, "no model to start from: set `model = \"FILE\"` in the recipe or give --model FILE");
   }
   Model model = load_model(recipe.model, plugins, {.image_size = recipe.image_size});
+  check_finite(model, recipe.model);
   change_preprocess(model.file.preprocess, recipe);
   fit_head(model, recipe, classes, progress);
   const auto seed = uint64_t(recipe.seed);

@@ -104,6 +104,8 @@ TEST_CASE("eval refuses what does not fit, naming it") {
            {"eval five.safetensors --data task", 3, {"five.safetensors", "5 classes", "has 6"}},
            {"eval renamed.safetensors --data task", 3, {"class 1", "'class-2'", "'class-1'"}},
            {"eval nan.safetensors --data task", 7, {"nan.safetensors", "not finite"}},
+           {"compress nan.safetensors --merge tome --schedule 2 --out o", 7, {"nan.safetensors", "'head.bias'"}},
+           {"finetune --model nan.safetensors --data task --out o", 7, {"nan.safetensors", "'head.bias'"}},
            {"eval nan.safetensors --data task --predictions p.csv", 7, {"nan.safetensors", "not finite"}},
            {"eval model.safetensors --data task --predictions nowhere/p.csv", 9, {"nowhere"}},
        })
@@ -166,4 +168,5 @@ TEST_CASE("preprocessing may be changed, and position embeddings follow the size
   CHECK(json_of(shop, eval + " --set preprocess.size=24")["macs"] > usual["macs"]);
   CHECK(json_of(shop, eval + " --set preprocess.mean=[0.4,0.4,0.4]")["loss"] != usual["loss"]);
   CHECK(json_of(shop, eval + " --set preprocess.resize=crop")["loss"] != usual["loss"]);
+  check_refusal(shop, {eval + " --set preprocess.size=21", 2, {"preprocess.size is 21", "model.safetensors"}});
 }
