@@ -28,10 +28,16 @@ foreach(folder IN LISTS _pyra_tried)
 endforeach()
 if(NOT _pyra_libtorch_found)
   list(JOIN _pyra_tried "\n  " _pyra_tried)
-  message(FATAL_ERROR
+  string(CONCAT _pyra_not_found
     "LibTorch was not found in\n  ${_pyra_tried}\n"
     "Run 'make setup' in pyractl's sources (it installs the wheel torch==2.11.0 into .deps), "
     "or name an existing one with LIBTORCH=/path/to/torch (the folder with include/ and lib/).")
+  if(CMAKE_FIND_PACKAGE_NAME STREQUAL "pyra")  # who asked decides whether that is an error
+    set(pyra_FOUND FALSE)
+    set(pyra_NOT_FOUND_MESSAGE "${_pyra_not_found}")
+    return()
+  endif()
+  message(FATAL_ERROR "${_pyra_not_found}")
 endif()
 set(PYRA_LIBTORCH_ROOT ${_pyra_libtorch_found} CACHE PATH "LibTorch: the folder that holds include/ and lib/" FORCE)
 

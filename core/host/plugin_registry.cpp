@@ -86,13 +86,19 @@ const PyraPlugin& open(fs::path file, FileName expected) {  // by value: GCC tak
   return *plugin;
 }
 
+std::vector<sdk::Parameter> parameters_of(const PyraPlugin& plugin, const fs::path& file) {
+  auto declared = guard(who(file), "parameters()", [&] { return plugin.parameters(); });
+  if (const std::string wrong = sdk::check_declared(declared); !wrong.empty()) refuse(file, wrong);
+  return declared;
+}
+
 PluginInfo describe(const PyraPlugin& plugin, const fs::path& file) {
   return {.kind = plugin.kind,
           .name = plugin.name,
           .version = text_or(plugin.version, ""),
           .description = text_or(plugin.description, ""),
           .path = file,
-          .parameters = guard(who(file), "parameters()", [&] { return plugin.parameters(); })};
+          .parameters = parameters_of(plugin, file)};
 }
 
 template <class Object>

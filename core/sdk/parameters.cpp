@@ -67,6 +67,33 @@ const T& get_as(const ParameterValue& value, std::string_view name) {
 
 }  // namespace
 
+std::string check_declared(std::span<const Parameter> declared) {
+  static constexpr std::string_view kTaken[] = {"name", "schedule", "proportional_attention"};
+  static constexpr const char* kPlain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_";
+  std::vector<std::string> names;
+  for (const Parameter& parameter : declared) {
+    const std::string place = cat("parameter '", parameter.name, "'");
+    if (parameter.name.empty() || parameter.name.find_first_not_of(kPlain) != std::string::npos)
+      return cat(place, ": its name is not of letters, digits and _");
+    if (std::ranges::find(kTaken, parameter.name) != std::end(kTaken))
+      return cat(place, ": recipes have a key of this name already");
+    if (std::ranges::find(names, parameter.name) != names.end()) return cat(place, " is declared twice");
+    names.push_back(parameter.name);
+    const bool number = std::holds_alternative<int64_t>(parameter.default_value) ||
+                        std::holds_alternative<double>(parameter.default_value);
+    if (!number && (parameter.minimum || parameter.maximum)) return cat(place, " has bounds and is no number");
+    const bool words = std::holds_alternative<std::string>(parameter.default_value) ||
+                       std::holds_alternative<std::vector<std::string>>(parameter.default_value);
+    if (!words && !parameter.choices.empty()) return cat(place, " has choices and is neither a string nor a list");
+    try {
+      check_value(parameter, parameter.default_value, cat(place, "'s default"));
+    } catch (const Error& error) {
+      return error.what();
+    }
+  }
+  return {};
+}
+
 std::string_view type_name(const ParameterValue& value) {
   return std::visit(
       Overloaded{[](bool) { return "boolean"; }, [](int64_t) { return "integer"; }, [](double) { return "number"; },

@@ -15,13 +15,17 @@ using ParameterValue = std::variant<bool, int64_t, double, std::string, std::vec
 
 /// One declared parameter. The type is that of `default_value`.
 struct Parameter {
-  std::string name;
+  std::string name;  ///< letters, digits and _; not name, schedule or proportional_attention, which recipes have
   ParameterValue default_value;
   std::string help;
   std::optional<double> minimum{};     ///< inclusive; numbers only
   std::optional<double> maximum{};     ///< inclusive; numbers only
   std::vector<std::string> choices{};  ///< for strings, and for each entry of a list
 };
+
+/// Why these declarations cannot serve: a name that recipes cannot write or that stands twice, bounds of what is no
+/// number, a default that is not allowed. "" when they can.
+[[nodiscard]] std::string check_declared(std::span<const Parameter> declared);
 
 /// "integer", "number", "boolean", "string" or "list".
 [[nodiscard]] std::string_view type_name(const ParameterValue& value);

@@ -6,7 +6,7 @@
 namespace pyra::tasks {
 namespace {
 
-// @name@ and @Class@ are replaced.
+// @name@ and @kind@ are replaced.
 constexpr const char* kCMake = R"(cmake_minimum_required(VERSION 3.25)
 project(pyra_@kind@_@name@ LANGUAGES CXX)
 
@@ -46,14 +46,14 @@ using namespace pyra::sdk;
 
 namespace {
 
-class @Class@ final : public TokenMerger {
+class Merger final : public TokenMerger {
  public:
   // What a recipe ([merge]) or --set merge.KEY=VALUE may choose, with its default. `plugins info @name@` shows it.
   static std::vector<Parameter> parameters() {
     return {{.name = "largest", .default_value = false, .help = "merge the largest norms away instead"}};
   }
 
-  explicit @Class@(const Parameters& parameters) : largest_(parameters.boolean("largest")) {}
+  explicit Merger(const Parameters& parameters) : largest_(parameters.boolean("largest")) {}
 
   // Called in every block where the schedule takes tokens. Look at the tensors, change none, return where each token
   // goes. An image's plan must depend on that image alone, and ties go to the lowest index (stable sorts do that).
@@ -83,7 +83,7 @@ class @Class@ final : public TokenMerger {
 
 }  // namespace
 
-PYRA_MERGE_PLUGIN(@Class@, "@name@", "0.1", "Merges the patch tokens of the smallest norm into their nearest")
+PYRA_MERGE_PLUGIN(Merger, "@name@", "0.1", "Merges the patch tokens of the smallest norm into their nearest")
 )text";
 
 constexpr const char* kPeft =
@@ -96,14 +96,14 @@ using namespace pyra::sdk;
 
 namespace {
 
-class @Class@ final : public PeftMethod {
+class Method final : public PeftMethod {
  public:
   // What a recipe ([peft]) or --set peft.KEY=VALUE may choose, with its default. `plugins info @name@` shows it.
   static std::vector<Parameter> parameters() {
     return {{.name = "scale", .default_value = 1.0, .help = "factor on the vector", .minimum = 0.0}};
   }
 
-  explicit @Class@(const Parameters& parameters) : scale_(parameters.number("scale")) {}
+  explicit Method(const Parameters& parameters) : scale_(parameters.number("scale")) {}
 
   // The trained tensors. pyra makes, trains, saves and restores them; zeros start from the model as it is.
   std::vector<TensorDecl> declare(const ModelShape& shape) const override {
@@ -135,7 +135,7 @@ class @Class@ final : public PeftMethod {
 
 }  // namespace
 
-PYRA_PEFT_PLUGIN(@Class@, "@name@", "0.1", "A trained shift of the attention's output")
+PYRA_PEFT_PLUGIN(Method, "@name@", "0.1", "A trained shift of the attention's output")
 )text";
 
 constexpr size_t kMaxName = 64;
@@ -151,13 +151,6 @@ void check_name(const std::string& kind, const std::string& name) {
          "': expected lower-case letters, digits and _, a letter first, at most ", kMaxName);
 }
 
-std::string class_name(const std::string& name) {
-  std::string camel;
-  for (const std::string& part : split(name, '_'))
-    if (!part.empty()) camel += char(std::toupper(static_cast<unsigned char>(part[0]))) + part.substr(1);
-  return camel;
-}
-
 std::string filled(std::string text, const std::map<std::string, std::string>& values) {
   for (const auto& [key, value] : values)
     for (size_t at = 0; (at = text.find(key, at)) != std::string::npos; at += value.size())
@@ -171,7 +164,7 @@ std::vector<std::filesystem::path> new_plugin(const std::string& kind, const std
                                               const std::filesystem::path& folder) {
   check_name(kind, name);
   const bool merge = kind == "merge";
-  const std::map<std::string, std::string> values{{"@name@", name}, {"@kind@", kind}, {"@Class@", class_name(name)}};
+  const std::map<std::string, std::string> values{{"@name@", name}, {"@kind@", kind}};
   const std::vector<std::pair<std::filesystem::path, std::string>> files{
       {folder / "CMakeLists.txt", filled(kCMake, values)},
       {folder / (name + ".cpp"), filled(merge ? kMerge : kPeft, values)},

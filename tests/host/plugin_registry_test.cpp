@@ -104,6 +104,7 @@ TEST_CASE("every bad plugin is refused by its path and the reason", "[plugins]")
       {"returns_nothing", misbehaving, {"its entry returned nothing"}},
       {"throws_in_entry", misbehaving, {"loading failed: not even that"}},
       {"throws_in_parameters", misbehaving, {"parameters() failed: no list today"}},
+      {"asks_twice", misbehaving, {"parameter 'strength' is declared twice"}},
       {"throws", misbehaving, {"its factory failed: my tables are gone"}},
       {"throws_int", misbehaving, {"no std::exception"}},
       {"throws_error", misbehaving, {"its factory failed: tables.bin is missing"}},

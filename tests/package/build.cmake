@@ -14,8 +14,9 @@ endfunction()
 take(cmake CMakeLists.txt)
 take(cpp attentive.cpp)
 
+# A name that the sdk has too: what is written must build all the same.
 foreach(kind merge peft)
-  execute_process(COMMAND ${FOLDER}/prefix/bin/pyractl plugins new ${kind} fresh --out ${FOLDER}/new_${kind}
+  execute_process(COMMAND ${FOLDER}/prefix/bin/pyractl plugins new ${kind} schedule --out ${FOLDER}/new_${kind}
                   COMMAND_ERROR_IS_FATAL ANY)
 endforeach()
 
@@ -28,3 +29,16 @@ foreach(source ${SOURCES}/example_merger ${SOURCES}/example_adapter ${SOURCES}/e
     COMMAND_ERROR_IS_FATAL ANY)
   execute_process(COMMAND ${CMAKE_COMMAND} --build ${FOLDER}/${name}/build -j 2 COMMAND_ERROR_IS_FATAL ANY)
 endforeach()
+
+# A project that can do without pyra is told that it is not there, and goes on.
+file(WRITE ${FOLDER}/without/CMakeLists.txt "cmake_minimum_required(VERSION 3.25)
+project(without LANGUAGES CXX)
+find_package(pyra QUIET)
+if(pyra_FOUND OR NOT pyra_NOT_FOUND_MESSAGE MATCHES \"LibTorch was not found\")
+  message(FATAL_ERROR \"found: \${pyra_FOUND}, \${pyra_NOT_FOUND_MESSAGE}\")
+endif()
+")
+execute_process(
+  COMMAND ${CMAKE_COMMAND} -G Ninja -S ${FOLDER}/without -B ${FOLDER}/without/build -DCMAKE_PREFIX_PATH=${FOLDER}/prefix
+          -DLIBTORCH=${FOLDER}/nowhere
+  COMMAND_ERROR_IS_FATAL ANY)

@@ -83,6 +83,30 @@ TEST_CASE("a parameter that is wrong is an error of usage that says why", "[para
   }
 }
 
+TEST_CASE("declarations that no recipe can serve are told", "[parameters]") {
+  CHECK(sdk::check_declared(kDeclared).empty());
+  struct Wrong {
+    sdk::Parameter parameter;
+    const char* says;
+  };
+  const Wrong wrongs[] = {
+      {{.name = "", .default_value = 1.0, .help = ""}, "its name"},
+      {{.name = "a.b", .default_value = 1.0, .help = ""}, "'a.b': its name"},
+      {{.name = "schedule", .default_value = 1.0, .help = ""}, "a key of this name"},
+      {{.name = "rank", .default_value = 1.0, .help = ""}, "'rank' is declared twice"},
+      {{.name = "x", .default_value = false, .help = "", .minimum = 0}, "bounds"},
+      {{.name = "x", .default_value = 1.0, .help = "", .choices = {"a"}}, "choices"},
+      {{.name = "x", .default_value = int64_t{9}, .help = "", .maximum = 8}, "'x''s default is 9; expected at most 8"},
+      {{.name = "x", .default_value = std::string("c"), .help = "", .choices = {"a", "b"}}, "none of its choices"},
+  };
+  for (const Wrong& wrong : wrongs) {
+    auto declared = kDeclared;
+    declared.push_back(wrong.parameter);
+    CAPTURE(wrong.says);
+    CHECK_THAT(sdk::check_declared(declared), Catch::Contains(wrong.says));
+  }
+}
+
 TEST_CASE("asking for a parameter by another type or name is a bug of the caller", "[parameters]") {
   const Parameters parameters = make({});
   const auto code_of = [](const auto& call) {

@@ -27,7 +27,9 @@ class Idle final : public TokenMerger {
   static std::vector<Parameter> parameters() {
     if (manner() == "wrong_tag") std::abort();  // must never run
     if (manner() == "throws_in_parameters") throw std::runtime_error("no list today");
-    return {{.name = "strength", .default_value = 1.0, .help = "", .minimum = 0.0}};
+    const Parameter strength{.name = "strength", .default_value = 1.0, .help = "", .minimum = 0.0};
+    if (manner() == "asks_twice") return {strength, strength};
+    return {strength};
   }
 
   explicit Idle(const Parameters& parameters) {
