@@ -50,13 +50,13 @@ void print_human(std::ostream& out, const tasks::EvalOptions& options, const tas
       << std::setprecision(1) << "speed   " << result.forward_images_per_second << " images/s forward, "
       << result.images_per_second << " images/s with decoding, batch " << options.batch << "\n"
       << "cost    " << grouped(result.macs) << " MACs an image, " << grouped(result.parameters) << " parameters\n";
-  if (!result.provenance.empty()) {
-    out << "the file says of itself\n";
-    for (const auto& [key, value] : result.provenance) out << "        " << key << ": " << value << "\n";
-  }
   if (!result.skipped.empty()) {
     out << "skipped " << result.skipped.size() << " images, left out of every figure above:\n";
     for (const auto& [path, reason] : result.skipped) out << "        " << path << ": " << reason << "\n";
+  }
+  if (!result.provenance.empty()) {
+    out << "the file says of itself\n";
+    for (const auto& [key, value] : result.provenance) out << "        " << key << ": " << value << "\n";
   }
 }
 

@@ -87,6 +87,14 @@ json to_json(const tasks::RunFacts& run) {
           {"last_metrics", parsed(run.last_metrics, "metrics.jsonl")}};
 }
 
+json to_json(const tasks::AdapterFacts& adapter) {
+  json document = to_json(adapter.file);
+  document["kind"] = "adapter";
+  document["config"] = json::parse(adapter.config);
+  document["merger"] = adapter.merger ? to_json(*adapter.merger) : json(nullptr);
+  return document;
+}
+
 json to_json(const tasks::DatasetFacts& dataset) {
   json splits = json::object();
   for (const tasks::SplitFacts& split : dataset.splits) splits[split.name] = split.images_by_class;
@@ -174,6 +182,15 @@ void print(std::ostream& out, const tasks::RunFacts& run) {
     if (value.is_primitive()) out << std::left << std::setw(11) << key << " " << dump(value) << "\n";
 }
 
+void print(std::ostream& out, const tasks::AdapterFacts& adapter) {
+  out << "adapter in peft's layout\n"
+      << "parameters  " << grouped(adapter.file.elements) << " in " << adapter.file.tensors.size() << " tensors\n";
+  if (adapter.merger) out << "merger      " << grouped(adapter.merger->elements) << " parameters beside it\n";
+  const json config = json::parse(adapter.config);
+  for (const auto& [key, value] : config.items())
+    if (!value.is_null() && !value.empty()) out << std::left << std::setw(24) << key << " " << dump(value) << "\n";
+}
+
 void print(std::ostream& out, const tasks::DatasetFacts& dataset) {
   out << "data set with " << dataset.class_names.size() << " classes: ";
   const size_t shown = std::min<size_t>(dataset.class_names.size(), 20);
@@ -209,7 +226,9 @@ void add_inspect(CLI::App& root, Session& session) {
   const auto path = std::make_shared<std::filesystem::path>();
   const auto question = std::make_shared<tasks::ArchQuestion>();
   CLI::Option* file =
-      command->add_option("FILE", *path, "Model or any .safetensors, run folder, data set, recipe, image, plugin")
+      command
+          ->add_option("FILE", *path,
+                       "Model or any .safetensors, run or adapter folder, data set, recipe, image, plugin")
           ->type_name("");
   CLI::Option* arch = command->add_option("--arch", question->arch, "An architecture by timm's name, instead of a file")
                           ->type_name("NAME");

@@ -139,7 +139,7 @@ std::vector<std::string> Dataset::left_out() const {
 
 std::vector<uint8_t> Dataset::read(const Sample& sample) const {
   if (!state_->store->contains(sample.path)) fail(ExitCode::input, describe(sample), ": the image is missing");
-  return state_->store->read(sample.path);
+  return state_->store->read(sample.path, kMaxImageBytes);
 }
 
 }  // namespace pyra::data

@@ -47,8 +47,9 @@ class Dataset {
   /// "oxford_iiit_pet" stand for one another (with ".tar" too), and path() says which was found.
   [[nodiscard]] static Dataset open(const std::filesystem::path& path);
   [[nodiscard]] static Dataset open(const std::filesystem::path& path, const OpenOptions& options);
-  /// Every image in or below `path`, a folder or a .tar, whatever else lies there, sorted: the one split kUnlabelled,
-  /// all of label 0. Error(input), also when there are none.
+  /// Every image in or below `path`, a folder (at most 8 folders deep, links to folders followed) or a .tar, that is
+  /// not hidden, whatever else lies there, sorted: the one split kUnlabelled, all of label 0. Error(input), also when
+  /// there are none.
   [[nodiscard]] static Dataset unlabelled(const std::filesystem::path& path);
   static constexpr const char* kUnlabelled = "images";
   ~Dataset();
@@ -63,9 +64,11 @@ class Dataset {
   /// Error(input) naming the splits that exist.
   [[nodiscard]] const std::vector<Sample>& split(const std::string& name) const;
   [[nodiscard]] bool has_split(const std::string& name) const;
-  /// How messages name what is there and is no file of the data set: links that lead nowhere, in a .tar all links.
+  /// How messages name what is there and is no file of the data set: links that lead nowhere, folders that lie too
+  /// deep, in a .tar all links.
   [[nodiscard]] std::vector<std::string> left_out() const;
-  /// The encoded bytes of a sample; Error(input) naming list file and line when it is missing.
+  /// The encoded bytes of a sample; Error(input) naming list file and line when it is missing, and when it is larger
+  /// than kMaxImageBytes (data/image.h).
   [[nodiscard]] std::vector<uint8_t> read(const Sample& sample) const;
   /// How messages name a sample: "set.tar: images/1.png (test.txt:17)".
   [[nodiscard]] std::string describe(const Sample& sample) const;

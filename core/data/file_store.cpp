@@ -18,12 +18,12 @@ class FolderStore final : public FileStore {
     return fs::is_regular_file(root_ / name, ignored);
   }
 
-  std::vector<uint8_t> read(const std::string& name) const override {
+  std::vector<uint8_t> read(const std::string& name, uint64_t limit) const override {
     const fs::path path = root_ / name;
     std::error_code error;
     const uint64_t size = fs::file_size(path, error);
     if (error) fail(ExitCode::input, describe(name), ": ", error.message());
-    if (size > kMaxFileBytes) fail(ExitCode::input, describe(name), ": ", size, " bytes; at most ", kMaxFileBytes);
+    if (size > limit) fail(ExitCode::input, describe(name), ": ", size, " bytes; at most ", limit);
     std::vector<uint8_t> bytes(size);
     std::ifstream in(path, std::ios::binary);
     if (!in.read(reinterpret_cast<char*>(bytes.data()), std::streamsize(size))) {
@@ -65,7 +65,10 @@ class FolderStore final : public FileStore {
 
   // Links to folders are followed, as data sets are often assembled from them; the depth bounds a cycle.
   void list(const std::string& below, int depth, bool files, std::vector<std::string>& found) const {
-    if (depth == kMaxFolderDepth) return;
+    if (depth == kMaxFolderDepth) {
+      if (!files) found.push_back(below.substr(0, below.size() - 1));
+      return;
+    }
     for (const auto& item : items(root_ / below)) {
       const std::string name = item.path().filename().string();
       if (is_hidden(name)) continue;

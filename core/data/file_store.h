@@ -15,12 +15,12 @@ class FileStore {
  public:
   virtual ~FileStore() = default;
   [[nodiscard]] virtual bool contains(const std::string& name) const = 0;
-  /// Error(input) when it is missing or cannot be read whole.
-  [[nodiscard]] virtual std::vector<uint8_t> read(const std::string& name) const = 0;
+  /// Error(input) when it is missing, larger than `limit` bytes or cannot be read whole.
+  [[nodiscard]] virtual std::vector<uint8_t> read(const std::string& name, uint64_t limit) const = 0;
   /// All regular files that are not hidden, sorted; a folder is searched kMaxFolderDepth deep.
   [[nodiscard]] virtual std::vector<std::string> names() const = 0;
-  /// What is there and not among the files, sorted: links that lead nowhere; in a .tar links, devices, sparse files and
-  /// names that lead out of the root. Nothing hidden.
+  /// What is there and not among the files, sorted: links that lead nowhere, folders that lie too deep; in a .tar
+  /// links, devices, sparse files and names that lead out of the root. Nothing hidden.
   [[nodiscard]] virtual std::vector<std::string> left_out() const = 0;
   /// The name of the one folder at the root, if there is exactly one.
   [[nodiscard]] virtual std::optional<std::string> only_folder() const = 0;
@@ -31,7 +31,7 @@ class FileStore {
 
 inline constexpr int kMaxFolderDepth = 8;
 inline constexpr size_t kMaxFiles = 10'000'000;
-inline constexpr uint64_t kMaxFileBytes = 1ull << 31;
+inline constexpr uint64_t kMaxListBytes = 1ull << 31;
 
 /// A folder's or a .tar's, by what `path` is; Error(input).
 [[nodiscard]] std::unique_ptr<FileStore> open_store(const std::filesystem::path& path);

@@ -15,6 +15,7 @@ struct Image {
   std::vector<uint8_t> pixels;  ///< [height, width, 3] RGB
 };
 
+inline constexpr size_t kMaxImageBytes = 256 << 20;  ///< encoded, of one image
 inline constexpr int64_t kMaxImageSide = 16384;
 inline constexpr int64_t kMaxImagePixels = 100'000'000;
 

@@ -17,7 +17,7 @@ std::string_view trimmed_end(std::string_view line) {
 
 /// The lines of a text file, white space at their ends removed; blank ones are kept, so that numbers stay right.
 std::vector<std::string> read_lines(const FileStore& store, const std::string& name) {
-  const std::vector<uint8_t> bytes = store.read(name);
+  const std::vector<uint8_t> bytes = store.read(name, kMaxListBytes);
   std::vector<std::string> lines = split({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, '\n');
   for (std::string& line : lines) line.resize(trimmed_end(line).size());
   return lines;

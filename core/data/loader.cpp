@@ -135,8 +135,10 @@ void check_not_empty(const Dataset& dataset, const std::string& split) {
     fail(ExitCode::input, dataset.path().string(), ": split ", split, " holds no images");
 }
 
-[[noreturn]] void fail_all_bad(int64_t count, const std::string& split, const std::string& reason) {
-  fail(ExitCode::input, "none of the ", count, " images of split ", split, " can be read; the first: ", reason);
+[[noreturn]] void fail_all_bad(int64_t count, const Dataset& dataset, const std::string& split,
+                               const std::string& reason) {
+  const std::string where = split == Dataset::kUnlabelled ? dataset.path().string() : "split " + split;
+  fail(ExitCode::input, "none of the ", count, " images of ", where, " can be read; the first: ", reason);
 }
 
 }  // namespace
@@ -157,7 +159,7 @@ StoredSet load_split(const Dataset& dataset, const std::string& split, const nn:
                   [&](int64_t i, const std::vector<uint8_t>& pixels) { set.images.write(i, pixels.data()); });
   progress.end();
   std::vector<int64_t> good = good_ones(samples, std::move(reasons), set.skipped);
-  if (good.empty()) fail_all_bad(count, split, set.skipped[0].reason);
+  if (good.empty()) fail_all_bad(count, dataset, split, set.skipped[0].reason);
   set.labels = labels_of(samples, good);
   if (!set.skipped.empty()) set.images.keep(std::move(good));
   return set;
@@ -172,7 +174,7 @@ ImageSet load_some(const Dataset& dataset, const std::string& split, int64_t cou
   samples.reserve(size_t(wanted));
   for (int64_t i = 0; i < wanted; ++i) samples.push_back(all[size_t((i * total + wanted - 1) / wanted)]);
   ImageSet set = decode_samples(dataset, split, samples, preprocess, bad, silent_progress());
-  if (set.labels.size(0) == 0) fail_all_bad(wanted, split, set.skipped[0].reason);
+  if (set.labels.size(0) == 0) fail_all_bad(wanted, dataset, split, set.skipped[0].reason);
   return set;
 }
 
@@ -193,7 +195,7 @@ std::optional<ImageSet> SplitReader::next(int64_t count) {
     if (first_reason_.empty() && !set.skipped.empty()) first_reason_ = set.skipped[0].reason;
     if (set.labels.size(0) > 0 || taken_ < total_ || good_ > 0) return set;
   }
-  if (good_ == 0) fail_all_bad(total_, split_, first_reason_);
+  if (good_ == 0) fail_all_bad(total_, dataset_, split_, first_reason_);
   return std::nullopt;
 }
 

@@ -113,13 +113,11 @@ class TarStore final : public FileStore {
 
   bool contains(const std::string& name) const override { return contents_.files.contains(name); }
 
-  std::vector<uint8_t> read(const std::string& name) const override {
+  std::vector<uint8_t> read(const std::string& name, uint64_t limit) const override {
     const auto found = contents_.files.find(name);
     if (found == contents_.files.end()) fail(ExitCode::input, describe(name), ": no such member");
     const Extent extent = found->second;
-    if (extent.size > kMaxFileBytes) {
-      fail(ExitCode::input, describe(name), ": ", extent.size, " bytes; at most ", kMaxFileBytes);
-    }
+    if (extent.size > limit) fail(ExitCode::input, describe(name), ": ", extent.size, " bytes; at most ", limit);
     std::vector<uint8_t> bytes(extent.size);
     read_at(file_, describe(name), extent.offset, {reinterpret_cast<char*>(bytes.data()), bytes.size()});
     return bytes;

@@ -88,7 +88,7 @@ const PyraPlugin& open(fs::path file, FileName expected) {  // by value: GCC tak
 
 std::vector<sdk::Parameter> parameters_of(const PyraPlugin& plugin, const fs::path& file) {
   auto declared = guard(who(file), "parameters()", [&] { return plugin.parameters(); });
-  if (const std::string wrong = sdk::check_declared(declared); !wrong.empty()) refuse(file, wrong);
+  if (const std::string wrong = sdk::check_declared(plugin.kind, declared); !wrong.empty()) refuse(file, wrong);
   return declared;
 }
 

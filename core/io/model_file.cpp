@@ -125,7 +125,8 @@ ModelFile read_model(const std::filesystem::path& path, const ReadModelOptions& 
 }
 
 void begin_provenance(ModelFile& model, const std::string& how, const std::filesystem::path& origin) {
-  std::map<std::string, std::string> said{{how, origin.filename().string()}};
+  const std::filesystem::path plain = origin.has_filename() ? origin : origin.parent_path();  // "folder/"
+  std::map<std::string, std::string> said{{how, plain.filename().string()}};
   for (auto& [key, value] : model.provenance)
     if (!key.starts_with("base_")) said.emplace("base_" + key, std::move(value));
   model.provenance = std::move(said);

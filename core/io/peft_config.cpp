@@ -14,7 +14,6 @@ namespace pyra::io {
 using nlohmann::json;
 namespace {
 
-constexpr size_t kMaxConfigBytes = size_t{1} << 20;
 constexpr size_t kMaxNames = 8192, kMaxPatterns = 1024;
 constexpr size_t kMaxExpressionBytes = 512, kMaxPatternBytes = 64 << 10;  // what matching takes grows with them
 
@@ -274,7 +273,7 @@ bool PeftConfig::saves(const std::string& module) const {
 }
 
 PeftConfig read_peft_config(const std::filesystem::path& path) {
-  const json document = read_json(path, kMaxConfigBytes);
+  const json document = read_json(path, kMaxPeftConfigBytes);
   return Reader(document, path.string()).read();
 }
 

@@ -50,6 +50,7 @@ struct PeftConfig {
   [[nodiscard]] bool saves(const std::string& module) const;
 };
 
+inline constexpr size_t kMaxPeftConfigBytes = size_t{1} << 20;
 inline constexpr const char* kPeftConfig = "adapter_config.json";
 inline constexpr const char* kPeftWeights = "adapter_model.safetensors";
 inline constexpr const char* kPeftPrefix = "base_model.model.";  ///< before every name in a file of peft's

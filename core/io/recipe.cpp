@@ -129,12 +129,6 @@ bool is_section(std::string_view name) {
   return std::find(sections().begin(), sections().end(), name) != sections().end();
 }
 
-bool is_plain_key(std::string_view key) {
-  return !key.empty() && std::all_of(key.begin(), key.end(), [](unsigned char c) {
-    return c < 0x80 && (std::isalnum(c) != 0 || c == '_' || c == '-');
-  });
-}
-
 /// The keys of a section ("" for the top, with the sections' names), without its name.
 std::vector<std::string> keys_of(const std::string& section) {
   std::vector<std::string> names;
@@ -164,7 +158,7 @@ void set_value(Recipe& recipe, const std::string& section, const std::string& na
   }
   // What a plugin calls its parameters is known only when it is loaded.
   PluginChoice* plugin = plugin_of(recipe, section);
-  if (!plugin || !is_plain_key(name)) fail_key(value.where(), section, name);
+  if (!plugin || !sdk::is_parameter_name(name)) fail_key(value.where(), section, name);
   plugin->parameters.insert_or_assign(name, value.parameter());
 }
 
@@ -239,8 +233,8 @@ Override parse_override(const std::string& text) {
   const size_t dot = key.find('.');
   result.section = dot == key.npos ? "" : key.substr(0, dot);
   result.name = dot == key.npos ? key : key.substr(dot + 1);
-  if (!is_plain_key(result.name) || (dot != key.npos && !is_section(result.section))) {
-    if (dot == key.npos || !is_plain_key(result.section) || !is_plain_key(result.name)) {
+  if (!sdk::is_parameter_name(result.name) || (dot != key.npos && !is_section(result.section))) {
+    if (dot == key.npos || !sdk::is_parameter_name(result.section) || !sdk::is_parameter_name(result.name)) {
       fail(ExitCode::usage, result.where, ": '", printable(key),
            "' is no key, expected a word or two joined by a dot, as train.batch");
     }

@@ -1,6 +1,7 @@
 #include "sdk/parameters.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <iomanip>
 
@@ -67,15 +68,21 @@ const T& get_as(const ParameterValue& value, std::string_view name) {
 
 }  // namespace
 
-std::string check_declared(std::span<const Parameter> declared) {
-  static constexpr std::string_view kTaken[] = {"name", "schedule", "proportional_attention"};
-  static constexpr const char* kPlain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_";
+bool is_parameter_name(std::string_view name) {
+  return !name.empty() && std::ranges::all_of(name, [](unsigned char c) {
+    return c < 0x80 && (std::isalnum(c) != 0 || c == '_' || c == '-');
+  });
+}
+
+std::string check_declared(std::string_view kind, std::span<const Parameter> declared) {
+  const std::vector<std::string_view> taken =
+      kind == "merge" ? std::vector<std::string_view>{"name", "schedule", "proportional_attention"}
+                      : std::vector<std::string_view>{"name"};
   std::vector<std::string> names;
   for (const Parameter& parameter : declared) {
     const std::string place = cat("parameter '", parameter.name, "'");
-    if (parameter.name.empty() || parameter.name.find_first_not_of(kPlain) != std::string::npos)
-      return cat(place, ": its name is not of letters, digits and _");
-    if (std::ranges::find(kTaken, parameter.name) != std::end(kTaken))
+    if (!is_parameter_name(parameter.name)) return cat(place, ": its name is not of letters, digits, _ and -");
+    if (std::ranges::find(taken, parameter.name) != taken.end())
       return cat(place, ": recipes have a key of this name already");
     if (std::ranges::find(names, parameter.name) != names.end()) return cat(place, " is declared twice");
     names.push_back(parameter.name);

@@ -15,7 +15,8 @@ using ParameterValue = std::variant<bool, int64_t, double, std::string, std::vec
 
 /// One declared parameter. The type is that of `default_value`.
 struct Parameter {
-  std::string name;  ///< letters, digits and _; not name, schedule or proportional_attention, which recipes have
+  std::string
+      name;  ///< as is_parameter_name wants it, and no key that [merge] or [peft] has already (name, schedule …)
   ParameterValue default_value;
   std::string help;
   std::optional<double> minimum{};     ///< inclusive; numbers only
@@ -23,9 +24,12 @@ struct Parameter {
   std::vector<std::string> choices{};  ///< for strings, and for each entry of a list
 };
 
-/// Why these declarations cannot serve: a name that recipes cannot write or that stands twice, bounds of what is no
-/// number, a default that is not allowed. "" when they can.
-[[nodiscard]] std::string check_declared(std::span<const Parameter> declared);
+/// Whether recipes can write it: ASCII letters, digits, _ and -.
+[[nodiscard]] bool is_parameter_name(std::string_view name);
+
+/// Why these declarations of a plugin of this kind ("merge", "peft") cannot serve: a name that recipes cannot write,
+/// have already, or that stands twice, bounds of what is no number, a default that is not allowed. "" when they can.
+[[nodiscard]] std::string check_declared(std::string_view kind, std::span<const Parameter> declared);
 
 /// "integer", "number", "boolean", "string" or "list".
 [[nodiscard]] std::string_view type_name(const ParameterValue& value);

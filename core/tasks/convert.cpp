@@ -141,6 +141,7 @@ class Converter {
     if (source_.empty()) source_ = "safetensors";
     io::ModelFile model =
         trained ? io::pyra_checkpoint_model(named, base_ ? &*base_ : nullptr, read) : io::timm_model(named, read);
+    if (trained && base_) io::begin_provenance(model, "base", options_.base);
     name_model(model, said, options_.file, named.metadata.contains("mean"));
     if (trained) source_ += ", PYRA's authors' names";
     return model;

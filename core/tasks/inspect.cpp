@@ -9,16 +9,19 @@
 #include "data/image.h"
 #include "io/atomic_file.h"
 #include "io/hf_model.h"
+#include "io/json.h"
 #include "io/model_file.h"
 #include "io/npz.h"
+#include "io/peft_adapter.h"
 #include "io/recipe.h"
 #include "io/safetensors.h"
 #include "nn/config.h"
+#include "tasks/run_folder.h"
 
 namespace pyra::tasks {
 namespace {
 
-constexpr size_t kMaxInspectedImage = 256 << 20, kMaxRunReportBytes = 64 << 20;
+constexpr size_t kMaxRunReportBytes = 64 << 20;
 constexpr size_t kMaxListedFiles = 1000;
 
 /// The first bytes of a file, enough for every magic number below.
@@ -119,8 +122,11 @@ Inspection safetensors_facts(const std::filesystem::path& path, const host::Plug
   const io::SafetensorsFile file(path);
   TensorFile tensors = tensor_facts(file);
   // A file of ours says so; one with the first tensors of a ViT by timm's names is read as such. An adapter's is
-  // neither.
-  if (file.metadata().contains("pyra") || (file.contains("cls_token") && file.contains("patch_embed.proj.weight")))
+  // neither, though ours say whose it is.
+  const bool adapter =
+      std::ranges::any_of(file.entries(), [](const auto& entry) { return entry.first.starts_with(io::kPeftPrefix); });
+  if ((file.metadata().contains("pyra") && !adapter) ||
+      (file.contains("cls_token") && file.contains("patch_embed.proj.weight")))
     return model_facts(path, std::move(tensors), plugins);
   return tensors;
 }
@@ -173,6 +179,16 @@ RunFacts run_facts(const std::filesystem::path& folder) {
   return facts;
 }
 
+AdapterFacts adapter_facts(const std::filesystem::path& folder) {
+  io::check_peft_folder(folder);
+  AdapterFacts facts{.file = tensor_facts(io::SafetensorsFile(folder / io::kPeftWeights)),
+                     .merger = {},
+                     .config = io::read_json(folder / io::kPeftConfig, io::kMaxPeftConfigBytes).dump()};
+  if (std::filesystem::exists(folder / kMergeTensors))
+    facts.merger = tensor_facts(io::SafetensorsFile(folder / kMergeTensors));
+  return facts;
+}
+
 DatasetFacts dataset_facts(const std::filesystem::path& path) {
   const data::Dataset dataset = data::Dataset::open(path);
   DatasetFacts facts{.class_names = dataset.class_names(), .splits = {}};
@@ -185,7 +201,7 @@ DatasetFacts dataset_facts(const std::filesystem::path& path) {
 }
 
 ImageFacts image_facts(const std::filesystem::path& path) {
-  const std::string bytes = io::read_file(path, kMaxInspectedImage);
+  const std::string bytes = io::read_file(path, data::kMaxImageBytes);
   const data::Image image = data::decode({reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()}, path.string());
   return {image.width, image.height};
 }
@@ -239,6 +255,7 @@ Inspection inspect(const std::filesystem::path& path, const host::PluginRegistry
   if (!std::filesystem::exists(status)) fail(ExitCode::input, path.string(), ": no such file or folder");
   if (std::filesystem::is_directory(status)) {
     if (std::filesystem::exists(path / "run.toml")) return run_facts(path);
+    if (io::is_peft_folder(path)) return adapter_facts(path);
     if (io::is_hf_folder(path)) return hf_facts(path, plugins);
     return dataset_facts(path);
   }

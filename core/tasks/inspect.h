@@ -63,6 +63,13 @@ struct RunFacts {
   std::string last_metrics;        ///< the last whole line of metrics.jsonl
 };
 
+/// A folder in peft's layout, of ours or of another's making; LoRA or not.
+struct AdapterFacts {
+  TensorFile file;
+  std::optional<TensorFile> merger;  ///< what a run of ours has beside it
+  std::string config;                ///< adapter_config.json
+};
+
 struct SplitFacts {
   std::string name;
   std::vector<int64_t> images_by_class;
@@ -81,8 +88,8 @@ struct RecipeFacts {
   std::string resolved;  ///< as TOML, defaults filled in
 };
 
-using Inspection =
-    std::variant<ModelFacts, TensorFile, RunFacts, DatasetFacts, host::PluginInfo, ImageFacts, RecipeFacts>;
+using Inspection = std::variant<ModelFacts, TensorFile, RunFacts, AdapterFacts, DatasetFacts, host::PluginInfo,
+                                ImageFacts, RecipeFacts>;
 
 /// What `inspect --arch` is asked: an architecture by timm's name, nothing of which is made or read.
 struct ArchQuestion {

@@ -9,16 +9,14 @@
 namespace pyra::tasks {
 namespace {
 
-constexpr size_t kMaxImageBytes = 256 << 20;
-
-bool holds_images(const std::filesystem::path& input) {
+bool is_folder(const std::filesystem::path& input) {
   std::error_code ignored;
-  return std::filesystem::is_directory(input, ignored) || input.extension() == ".tar";
+  return std::filesystem::is_directory(input, ignored);
 }
 
 data::ImageSet single_image(const PredictOptions& options, const nn::Preprocess& preprocess) {
   const std::string name = options.input.string();
-  const std::string bytes = options.bytes ? *options.bytes : io::read_file(options.input, kMaxImageBytes);
+  const std::string bytes = options.bytes ? *options.bytes : io::read_file(options.input, data::kMaxImageBytes);
   const data::Image image =
       data::prepare(data::decode({reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size()}, name), preprocess);
   return {.images = at::tensor(at::ArrayRef<uint8_t>(image.pixels), at::kByte).view({1, image.height, image.width, 3}),
@@ -41,9 +39,9 @@ std::vector<ClassProbability> best_classes(const at::Tensor& probabilities, int6
 void run_folder(const PredictOptions& options, const nn::Preprocess& preprocess, Pipeline& pipeline,
                 Predictions& predictions, Progress& progress) {
   const data::Dataset dataset = data::Dataset::unlabelled(options.input);
+  for (const std::string& name : dataset.left_out()) progress.note(cat(name, ": left out"));
   // Names from within a .tar are no paths here.
-  const std::filesystem::path folder =
-      std::filesystem::is_directory(options.input) ? options.input : std::filesystem::path();
+  const std::filesystem::path folder = is_folder(options.input) ? options.input : std::filesystem::path();
   data::SplitReader reader(dataset, data::Dataset::kUnlabelled, preprocess, options.bad_images);
   progress.begin("predict", reader.total(), "images");
   int64_t decoded = 0;
@@ -65,6 +63,9 @@ void run_folder(const PredictOptions& options, const nn::Preprocess& preprocess,
 Predictions predict(const PredictOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
   if (options.top < 1) fail(ExitCode::usage, "--top is ", options.top, ", expected at least 1");
   if (options.batch < 1) fail(ExitCode::usage, "--batch is ", options.batch, ", expected at least 1");
+  if (std::error_code error; !options.bytes && !std::filesystem::exists(options.input, error))
+    fail(ExitCode::input, options.input.string(),
+         ": no such file or folder; expected an image, a folder or .tar of images, or -");
   const at::InferenceMode no_gradients;
   const Model model = load_for_running(options.run, plugins);
   const nn::Preprocess& preprocess = model.file.preprocess;
@@ -82,7 +83,7 @@ Predictions predict(const PredictOptions& options, const host::PluginRegistry& p
       predictions.images.push_back({path, best_classes(probabilities[i], options.top, model.file.class_names)});
     }
   });
-  if (!options.bytes && holds_images(options.input)) {
+  if (!options.bytes && (is_folder(options.input) || options.input.extension() == ".tar")) {
     run_folder(options, preprocess, pipeline, predictions, progress);
   } else {
     pipeline.submit(single_image(options, preprocess));

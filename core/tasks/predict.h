@@ -14,7 +14,7 @@ namespace pyra::tasks {
 
 struct PredictOptions {
   RunOptions run;
-  std::filesystem::path input;       ///< an image; or a folder or .tar: all images below it, sorted by path
+  std::filesystem::path input;       ///< an image; or a folder or .tar, as Dataset::unlabelled takes it
   std::optional<std::string> bytes;  ///< the encoded image itself instead; `input` is then only its name
   int64_t top = 5;
   int64_t batch = 32;

@@ -36,6 +36,7 @@ Teacher::Teacher(const io::Recipe& recipe, const io::ModelFile& student, const s
     : model_(load_model(recipe.train.teacher, plugins)),
       augmented_(recipe.train.hflip || recipe.train.random_resized_crop) {
   const std::string where = cat("train.teacher '", recipe.train.teacher, "'");
+  check_finite(model_, recipe.train.teacher);
   check_pupil(model_.file, student, where, augmented_);
   engine_ = make_engine(model_, device, precision_of(recipe, device), false, recipe.deterministic);
   // Its memory is taken before the student's is planned.

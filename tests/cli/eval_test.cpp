@@ -106,6 +106,9 @@ TEST_CASE("eval refuses what does not fit, naming it") {
            {"eval nan.safetensors --data task", 7, {"nan.safetensors", "not finite"}},
            {"compress nan.safetensors --merge tome --schedule 2 --out o", 7, {"nan.safetensors", "'head.bias'"}},
            {"finetune --model nan.safetensors --data task --out o", 7, {"nan.safetensors", "'head.bias'"}},
+           {"finetune --model model.safetensors --data task --out o --set train.teacher=nan.safetensors",
+            7,
+            {"nan.safetensors", "'head.bias'"}},
            {"eval nan.safetensors --data task --predictions p.csv", 7, {"nan.safetensors", "not finite"}},
            {"eval model.safetensors --data task --predictions nowhere/p.csv", 9, {"nowhere"}},
        })

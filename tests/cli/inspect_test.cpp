@@ -1,4 +1,5 @@
 #include "fixtures.h"
+#include "io/safetensors.h"
 
 using namespace pyra;
 using namespace pyra::test;
@@ -133,6 +134,18 @@ TEST_CASE("inspect tells what else there is") {
   CHECK(image["width"] == 23);
   write_bytes(shop / "r.toml", "seed = 3\n[train]\nepochs = 2\n");
   CHECK(json_of(shop, "inspect r.toml")["resolved"].get<std::string>().find("epochs = 2") != std::string::npos);
+
+  write_bytes(shop / "adapter/adapter_config.json", R"({"peft_type":"LORA","r":4,"target_modules":["attn.qkv"]})");
+  check_refusal(shop, {"inspect adapter", 3, {"adapter", "adapter_model.safetensors"}});
+  const sdk::TensorMap term{{"base_model.model.blocks.0.attn.qkv.lora_A.weight", at::zeros({4, 32})}};
+  io::write_safetensors(shop / "adapter/adapter_model.safetensors", term, {{"pyra", R"({"classes":[]})"}});
+  const auto adapter = json_of(shop, "inspect adapter");
+  CHECK(adapter["kind"] == "adapter");
+  CHECK(adapter["config"]["r"] == 4);
+  CHECK(adapter["elements"] == 128);
+  CHECK(adapter["merger"].is_null());
+  CHECK(in(shop, "inspect adapter").out.find("LORA") != std::string::npos);
+  CHECK(json_of(shop, "inspect adapter/adapter_model.safetensors")["kind"] == "safetensors");
 
   write_bytes(shop / "run/run.toml",
               "model = \"m.safetensors\"\ndata = \"task\"\n[merge]\nname = \"pyra\"\nschedule = \"high\"\n");

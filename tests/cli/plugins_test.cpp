@@ -63,7 +63,7 @@ TEST_CASE("plugins new writes a project and overwrites nothing") {
       CHECK(text.find('@') == std::string::npos);
     }
   }
-  CHECK(read_bytes(shop / "merge_project/my_merge.cpp").find("class MyMerge final") != std::string::npos);
+  CHECK(read_bytes(shop / "merge_project/my_merge.cpp").find("\"my_merge\"") != std::string::npos);
   for (const Refusal& refusal : std::vector<Refusal>{
            {"plugins new merge my_merge --out merge_project", 2, {"merge_project/CMakeLists.txt", "not overwritten"}},
            {"plugins new merger mine", 2, {"'merger'", "did you mean 'merge'"}},

@@ -42,22 +42,23 @@ TEST_CASE("predict agrees with eval on every image") {
 
 TEST_CASE("predict takes a folder in batches of any size, a .tar, and leaves bad images out when asked") {
   const Workshop shop;
-  const auto whole = json_of(shop, "predict model.safetensors task/images --dtype fp32");
+  const auto whole = json_of(shop, "predict model.safetensors task/images --device cpu --dtype fp32");
   CHECK(whole["skipped"].empty());
-  CHECK(json_of(shop, "predict model.safetensors task/images --dtype fp32 --batch 4") == whole);
+  CHECK(json_of(shop, "predict model.safetensors task/images --device cpu --dtype fp32 --batch 4") == whole);
   REQUIRE(run({"/bin/tar", "-cf", "task.tar", "-C", "task", "images"}, shop.path()).exit_code == 0);
-  const auto packed = json_of(shop, "predict model.safetensors task.tar --dtype fp32");
+  const auto packed = json_of(shop, "predict model.safetensors task.tar --device cpu --dtype fp32");
   REQUIRE(packed["predictions"].size() == 6);
   CHECK(packed["predictions"][3]["path"] == "images/3.ppm");
   CHECK(packed["predictions"][3]["top"] == whole["predictions"][3]["top"]);
 
   write_bytes(shop / "task/images/25.ppm", "P6\n16 16\n255\nshort");
-  const auto rest = json_of(shop, "predict model.safetensors task/images --dtype fp32 --batch 2 --bad-images skip");
+  const auto rest =
+      json_of(shop, "predict model.safetensors task/images --device cpu --dtype fp32 --batch 2 --bad-images skip");
   CHECK(rest["predictions"] == whole["predictions"]);
   REQUIRE(rest["skipped"].size() == 1);
   CHECK(rest["skipped"][0]["path"] == "task/images/25.ppm");
-  CHECK(in(shop, "predict model.safetensors task/images --dtype fp32 --bad-images skip").out.find("skipped 1 images") !=
-        std::string::npos);
+  CHECK(in(shop, "predict model.safetensors task/images --device cpu --dtype fp32 --bad-images skip")
+            .out.find("skipped 1 images") != std::string::npos);
 }
 
 TEST_CASE("predict reads one image from stdin") {
@@ -91,6 +92,7 @@ TEST_CASE("predict refuses what is no image, naming it") {
   write_bytes(shop / "cut.safetensors", read_bytes(shop / "model.safetensors").substr(0, 3000));
   for (const Refusal& refusal : std::vector<Refusal>{
            {"predict model.safetensors none.jpg", 3, {"none.jpg"}},
+           {"predict model.safetensors none.tar", 3, {"none.tar", "no such file", "an image"}},
            {"predict model.safetensors empty", 3, {"empty", "no image"}},
            {"predict model.safetensors task/test.txt", 3, {"test.txt"}},
            {"predict model.safetensors broken", 3, {"broken/b.ppm", "--bad-images skip"}},

@@ -96,6 +96,8 @@ TEST_CASE("what a model is made from says of itself is told as the other's") {
   begin_provenance(model, "base", "models/second.safetensors");
   CHECK(model.provenance == std::map<std::string, std::string>{
                                 {"base", "second.safetensors"}, {"base_accuracy", "0.9"}, {"base_base", "first"}});
+  begin_provenance(model, "base", "models/third/");
+  CHECK(model.provenance == std::map<std::string, std::string>{{"base", "third"}, {"base_base", "second.safetensors"}});
 }
 
 TEST_CASE("a model survives its file: config, preprocessing, classes, merge, weights, provenance") {
@@ -390,9 +392,9 @@ TEST_CASE("an image size that the patches do not divide is refused") {
   const auto read = [&](int64_t size) {
     return [&dir, size] { (void)read_model(dir / "m", {.image_size = size, .num_heads = {}}); };
   };
-  check_error(ExitCode::input, {(dir / "m").string(), "image_size 33", "patch_size 4"}, read(33));
-  check_error(ExitCode::input, {"image_size is 0"}, read(0));
-  check_error(ExitCode::input, {"image_size is -4"}, read(-4));
+  check_error(ExitCode::usage, {(dir / "m").string(), "preprocess.size is 33", "a multiple of 4"}, read(33));
+  check_error(ExitCode::usage, {"preprocess.size is 0"}, read(0));
+  check_error(ExitCode::usage, {"preprocess.size is -4"}, read(-4));
   check_error(ExitCode::input, {"image_size is 8192"}, read(8192));
   CHECK(read_model(dir / "m", {.image_size = 64, .num_heads = {}}).preprocess.shorter == 72);
 }

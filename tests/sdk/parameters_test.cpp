@@ -84,7 +84,7 @@ TEST_CASE("a parameter that is wrong is an error of usage that says why", "[para
 }
 
 TEST_CASE("declarations that no recipe can serve are told", "[parameters]") {
-  CHECK(sdk::check_declared(kDeclared).empty());
+  CHECK(sdk::check_declared("peft", kDeclared).empty());
   struct Wrong {
     sdk::Parameter parameter;
     const char* says;
@@ -99,11 +99,14 @@ TEST_CASE("declarations that no recipe can serve are told", "[parameters]") {
       {{.name = "x", .default_value = int64_t{9}, .help = "", .maximum = 8}, "'x''s default is 9; expected at most 8"},
       {{.name = "x", .default_value = std::string("c"), .help = "", .choices = {"a", "b"}}, "none of its choices"},
   };
+  const sdk::Parameter fine[] = {{.name = "schedule", .default_value = 1.0, .help = ""},
+                                 {.name = "keep-rate", .default_value = 1.0, .help = ""}};
+  CHECK(sdk::check_declared("peft", fine).empty());
   for (const Wrong& wrong : wrongs) {
     auto declared = kDeclared;
     declared.push_back(wrong.parameter);
     CAPTURE(wrong.says);
-    CHECK_THAT(sdk::check_declared(declared), Catch::Contains(wrong.says));
+    CHECK_THAT(sdk::check_declared("merge", declared), Catch::Contains(wrong.says));
   }
 }
 

@@ -40,7 +40,7 @@ at::Tensor logits_of(const fs::path& path, const at::Tensor& images) {
 /// The backbone of the PYRA fixture as timm would write it.
 void write_base(const fs::path& path, const test::Golden& golden) {
   const nn::Vit vit = test::golden_model(golden);
-  io::write_safetensors(path, vit.weights(), {{"num_heads", "4"}});
+  io::write_safetensors(path, vit.weights(), {{"num_heads", "4"}, {"accuracy", "0.9"}});
 }
 
 }  // namespace
@@ -100,6 +100,12 @@ TEST_CASE("a checkpoint of PYRA's authors gives the logits of their program", "[
     const ConvertReport report = convert(options, test::built_plugins());
     CHECK(report.merge.starts_with("pyra-"));
     CHECK(report.mean.at(0) == Approx(0.485));
+    if (!options.base.empty()) {  // whose accuracy is not the new model's
+      const auto said = io::read_model(options.out).provenance;
+      CHECK(said.at("base") == "base.safetensors");
+      CHECK(said.at("base_accuracy") == "0.9");
+      CHECK_FALSE(said.contains("accuracy"));
+    }
     const at::Tensor got = logits_of(options.out, golden.at("input"));
     CHECK(test::max_difference(got, golden.at("logits")) < 1e-5);
   }

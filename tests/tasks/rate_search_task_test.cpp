@@ -30,7 +30,7 @@ class SearchTask {
                        .merge = {},
                        .weights = nn::random_weights(config, seed),
                        .provenance = {}};
-    if (damaged) file.weights.at("norm.weight")[0] = std::numeric_limits<float>::infinity();
+    if (damaged) file.weights.at("norm.weight")[0] = std::numeric_limits<float>::max();  // logits overflow
     io::write_model(task.folder / "model.safetensors", file);
   }
 
