@@ -15,8 +15,7 @@ using ParameterValue = std::variant<bool, int64_t, double, std::string, std::vec
 
 /// One declared parameter. The type is that of `default_value`.
 struct Parameter {
-  std::string
-      name;  ///< as is_parameter_name wants it, and no key that [merge] or [peft] has already (name, schedule …)
+  std::string name;  ///< as is_parameter_name() wants it, and no key that [merge] or [peft] has itself
   ParameterValue default_value;
   std::string help;
   std::optional<double> minimum{};     ///< inclusive; numbers only

@@ -39,7 +39,8 @@ std::vector<ClassProbability> best_classes(const at::Tensor& probabilities, int6
 void run_folder(const PredictOptions& options, const nn::Preprocess& preprocess, Pipeline& pipeline,
                 Predictions& predictions, Progress& progress) {
   const data::Dataset dataset = data::Dataset::unlabelled(options.input);
-  for (const std::string& name : dataset.left_out()) progress.note(cat(name, ": left out"));
+  if (const std::vector<std::string> others = dataset.left_out(); !others.empty())
+    progress.note(cat(others.size(), " left out (links, folders too deep), the first: ", others[0]));
   // Names from within a .tar are no paths here.
   const std::filesystem::path folder = is_folder(options.input) ? options.input : std::filesystem::path();
   data::SplitReader reader(dataset, data::Dataset::kUnlabelled, preprocess, options.bad_images);
