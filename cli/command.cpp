@@ -87,6 +87,18 @@ void add_bad_images_option(CLI::App& command, data::BadImages& bad) {
       ->default_str("fail");
 }
 
+nlohmann::json to_json(const std::vector<data::BadImage>& skipped) {
+  nlohmann::json list = nlohmann::json::array();
+  for (const data::BadImage& bad : skipped) list.push_back({{"path", bad.path}, {"reason", bad.reason}});
+  return list;
+}
+
+void print_skipped(std::ostream& out, const std::vector<data::BadImage>& skipped, std::string_view remark) {
+  if (skipped.empty()) return;
+  out << "skipped " << skipped.size() << " images" << remark << ":\n";
+  for (const data::BadImage& bad : skipped) out << "        " << bad.path << ": " << bad.reason << "\n";
+}
+
 void add_common_options(CLI::App& app, Session& session) {
   Globals& globals = session.globals;
   const char* group = "Common options";

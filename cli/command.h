@@ -15,7 +15,8 @@
 
 namespace pyra::data {
 enum class BadImages;
-}
+struct BadImage;
+}  // namespace pyra::data
 
 namespace pyra::cli {
 
@@ -59,6 +60,11 @@ void add_common_options(CLI::App& app, Session& session);
 
 /// --bad-images fail|skip; sets `bad`, which has to live as long as `command`.
 void add_bad_images_option(CLI::App& command, data::BadImages& bad);
+
+/// The images that --bad-images skip left out.
+[[nodiscard]] nlohmann::json to_json(const std::vector<data::BadImage>& skipped);
+/// "skipped 2 images`remark`:" and a line each; nothing where there are none.
+void print_skipped(std::ostream& out, const std::vector<data::BadImage>& skipped, std::string_view remark);
 
 /// Whoever read our output has gone: nothing is wrong, nothing is left to say.
 struct BrokenPipe {};

@@ -12,8 +12,6 @@ namespace {
 
 nlohmann::json to_json(const tasks::EvalOptions& options, const tasks::EvalResult& result) {
   const auto share = [&](int64_t correct) { return double(correct) / double(result.images); };
-  nlohmann::json skipped = nlohmann::json::array();
-  for (const auto& [path, reason] : result.skipped) skipped.push_back({{"path", path}, {"reason", reason}});
   nlohmann::json document{{"model", options.run.model.string()},
                           {"data", options.data.string()},
                           {"split", options.split},
@@ -30,7 +28,7 @@ nlohmann::json to_json(const tasks::EvalOptions& options, const tasks::EvalResul
                           {"images_per_second", result.images_per_second},
                           {"macs", result.macs},
                           {"params", result.parameters},
-                          {"skipped", skipped},
+                          {"skipped", cli::to_json(result.skipped)},
                           {"provenance", result.provenance}};
   if (result.correct_top5) document["top5"] = share(*result.correct_top5);
   return document;
@@ -50,10 +48,7 @@ void print_human(std::ostream& out, const tasks::EvalOptions& options, const tas
       << std::setprecision(1) << "speed   " << result.forward_images_per_second << " images/s forward, "
       << result.images_per_second << " images/s with decoding, batch " << options.batch << "\n"
       << "cost    " << grouped(result.macs) << " MACs an image, " << grouped(result.parameters) << " parameters\n";
-  if (!result.skipped.empty()) {
-    out << "skipped " << result.skipped.size() << " images, left out of every figure above:\n";
-    for (const auto& [path, reason] : result.skipped) out << "        " << path << ": " << reason << "\n";
-  }
+  print_skipped(out, result.skipped, ", left out of every figure above");
   if (!result.provenance.empty()) {
     out << "the file says of itself\n";
     for (const auto& [key, value] : result.provenance) out << "        " << key << ": " << value << "\n";

@@ -9,11 +9,10 @@
 
 #include "base/error.h"
 #include "command.h"
+#include "data/image.h"
 
 namespace pyra::cli {
 namespace {
-
-constexpr size_t kMaxStdinBytes = 256 << 20;
 
 std::string read_stdin() {
   std::string bytes;
@@ -27,23 +26,22 @@ std::string read_stdin() {
     if (count < 0) fail(ExitCode::input, "stdin cannot be read: ", std::strerror(errno));
     if (count == 0) break;
     bytes.append(piece, 0, size_t(count));
-    if (bytes.size() > kMaxStdinBytes)
-      fail(ExitCode::input, "stdin has more than ", kMaxStdinBytes, " bytes; expected one encoded image");
+    if (bytes.size() > data::kMaxImageBytes)
+      fail(ExitCode::input, "stdin has more than ", data::kMaxImageBytes, " bytes; expected one encoded image");
   }
   if (bytes.empty()) fail(ExitCode::input, "stdin is empty; expected one encoded image");
   return bytes;
 }
 
 nlohmann::json to_json(const tasks::PredictOptions& options, const tasks::Predictions& predictions) {
-  nlohmann::json list = nlohmann::json::array(), skipped = nlohmann::json::array();
+  nlohmann::json list = nlohmann::json::array();
   for (const tasks::Prediction& prediction : predictions.images) {
     nlohmann::json top = nlohmann::json::array();
     for (const tasks::ClassProbability& entry : prediction.top)
       top.push_back({{"label", entry.label}, {"class", entry.name}, {"probability", entry.probability}});
     list.push_back({{"path", prediction.path}, {"top", top}});
   }
-  for (const data::BadImage& bad : predictions.skipped) skipped.push_back({{"path", bad.path}, {"reason", bad.reason}});
-  return {{"model", options.run.model.string()}, {"predictions", list}, {"skipped", skipped}};
+  return {{"model", options.run.model.string()}, {"predictions", list}, {"skipped", cli::to_json(predictions.skipped)}};
 }
 
 void print_human(std::ostream& out, const tasks::Predictions& predictions) {
@@ -53,8 +51,7 @@ void print_human(std::ostream& out, const tasks::Predictions& predictions) {
     for (const tasks::ClassProbability& entry : prediction.top)
       out << std::setw(8) << 100 * entry.probability << "%  " << entry.name << "\n";
   }
-  if (!predictions.skipped.empty()) out << "skipped " << predictions.skipped.size() << " images:\n";
-  for (const data::BadImage& bad : predictions.skipped) out << "        " << bad.path << ": " << bad.reason << "\n";
+  print_skipped(out, predictions.skipped, "");
 }
 
 }  // namespace

@@ -6,6 +6,8 @@
 #
 # Looked for in: -DLIBTORCH= or $LIBTORCH (the folder with include/ and lib/),
 # CMAKE_PREFIX_PATH (that folder, or its share/cmake), where it was found last time, PYRA_LIBTORCH_DEFAULT.
+# Not found: PYRA_LIBTORCH_PROBLEM says so, else it is empty; who asked decides whether that is an error.
+set(PYRA_LIBTORCH_PROBLEM "")
 if(NOT LIBTORCH AND DEFINED ENV{LIBTORCH})
   set(LIBTORCH "$ENV{LIBTORCH}")
 endif()
@@ -28,16 +30,11 @@ foreach(folder IN LISTS _pyra_tried)
 endforeach()
 if(NOT _pyra_libtorch_found)
   list(JOIN _pyra_tried "\n  " _pyra_tried)
-  string(CONCAT _pyra_not_found
+  string(CONCAT PYRA_LIBTORCH_PROBLEM
     "LibTorch was not found in\n  ${_pyra_tried}\n"
     "Run 'make setup' in pyractl's sources (it installs the wheel torch==2.11.0 into .deps), "
     "or name an existing one with LIBTORCH=/path/to/torch (the folder with include/ and lib/).")
-  if(CMAKE_FIND_PACKAGE_NAME STREQUAL "pyra")  # who asked decides whether that is an error
-    set(pyra_FOUND FALSE)
-    set(pyra_NOT_FOUND_MESSAGE "${_pyra_not_found}")
-    return()
-  endif()
-  message(FATAL_ERROR "${_pyra_not_found}")
+  return()
 endif()
 set(PYRA_LIBTORCH_ROOT ${_pyra_libtorch_found} CACHE PATH "LibTorch: the folder that holds include/ and lib/" FORCE)
 

@@ -1,6 +1,7 @@
 #include "data/file_store.h"
 
 #include <fstream>
+#include <mutex>
 
 #include "base/error.h"
 
@@ -32,9 +33,9 @@ class FolderStore final : public FileStore {
     return bytes;
   }
 
-  std::vector<std::string> names() const override { return sorted(/*files=*/true); }
+  std::vector<std::string> names() const override { return listing().files; }
 
-  std::vector<std::string> left_out() const override { return sorted(/*files=*/false); }
+  std::vector<std::string> left_out() const override { return listing().others; }
 
   std::optional<std::string> only_folder() const override {
     std::optional<std::string> only;
@@ -56,33 +57,44 @@ class FolderStore final : public FileStore {
     return found;
   }
 
-  std::vector<std::string> sorted(bool files) const {
-    std::vector<std::string> found;
-    list("", 0, files, found);
-    std::ranges::sort(found);
-    return found;
+  struct Listing {
+    std::vector<std::string> files, others;
+  };
+
+  /// Made by whoever asks first: a data set with list files asks never.
+  const Listing& listing() const {
+    std::call_once(listed_, [this] {
+      Listing found;
+      list("", 0, found);
+      std::ranges::sort(found.files);
+      std::ranges::sort(found.others);
+      listing_ = std::move(found);
+    });
+    return listing_;
+  }
+
+  void add(std::string name, std::vector<std::string>& to) const {
+    if (to.size() == kMaxFiles) fail(ExitCode::input, root_.string(), ": more than ", kMaxFiles, " files");
+    to.push_back(std::move(name));
   }
 
   // Links to folders are followed, as data sets are often assembled from them; the depth bounds a cycle.
-  void list(const std::string& below, int depth, bool files, std::vector<std::string>& found) const {
-    if (depth == kMaxFolderDepth) {
-      if (!files) found.push_back(below.substr(0, below.size() - 1));
-      return;
-    }
+  void list(const std::string& below, int depth, Listing& found) const {
+    if (depth == kMaxFolderDepth) return add(below.substr(0, below.size() - 1), found.others);
     for (const auto& item : items(root_ / below)) {
       const std::string name = item.path().filename().string();
       if (is_hidden(name)) continue;
       std::error_code ignored;
-      if (item.is_directory(ignored)) {
-        list(below + name + '/', depth + 1, files, found);
-      } else if (item.is_regular_file(ignored) == files) {
-        if (found.size() == kMaxFiles) fail(ExitCode::input, root_.string(), ": more than ", kMaxFiles, " files");
-        found.push_back(below + name);
-      }
+      if (item.is_directory(ignored))
+        list(below + name + '/', depth + 1, found);
+      else
+        add(below + name, item.is_regular_file(ignored) ? found.files : found.others);
     }
   }
 
   fs::path root_;
+  mutable std::once_flag listed_;
+  mutable Listing listing_;
 };
 
 }  // namespace

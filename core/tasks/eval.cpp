@@ -135,18 +135,7 @@ EvalResult evaluate(const EvalOptions& options, const host::PluginRegistry& plug
   Pipeline pipeline(*engine,
                     [&](const data::ImageSet& set, const at::Tensor& logits) { score.add(set, logits, predictions); });
   const auto start = Clock::now();
-  progress.begin("eval", reader.total(), "images");
-  int64_t decoded = 0;
-  while (std::optional<data::ImageSet> set = reader.next(options.batch)) {
-    stop_if_asked("eval");
-    for (const data::BadImage& bad : set->skipped) result.skipped.emplace_back(bad.path, bad.reason);
-    decoded += set->labels.size(0) + int64_t(set->skipped.size());
-    if (set->labels.size(0) > 0) pipeline.submit(std::move(*set));
-    progress.update(decoded, result.images > 0 ? score.note() : "");
-  }
-  pipeline.collect_all();
-  progress.update(decoded, score.note());
-  progress.end();
+  result.skipped = pipeline.run(reader, options.batch, "eval", progress, [&] { return score.note(); });
   result.images_per_second = double(result.images) / seconds_since(start);
   result.forward_images_per_second = pipeline.images_per_second();
   result.loss = score.loss();

@@ -29,9 +29,9 @@ struct EvalResult {
   std::string device;              ///< "cpu" or "cuda:0"
   int64_t images = 0;              ///< the denominator of every rate below
   int64_t correct = 0;
-  std::optional<int64_t> correct_top5;                       ///< only with more than 5 classes
-  double loss = 0;                                           ///< mean cross-entropy
-  std::vector<std::pair<std::string, std::string>> skipped;  ///< path and reason
+  std::optional<int64_t> correct_top5;  ///< only with more than 5 classes
+  double loss = 0;                      ///< mean cross-entropy
+  std::vector<data::BadImage> skipped;
   double forward_images_per_second =
       0;                         ///< the network alone; without the first batch, which warms up, if there are more
   double images_per_second = 0;  ///< decoding, resizing and the network

@@ -1,5 +1,7 @@
 #include "tasks/pipeline.h"
 
+#include "tasks/run_model.h"
+
 namespace pyra::tasks {
 
 void Pipeline::submit(data::ImageSet set) {
@@ -10,6 +12,25 @@ void Pipeline::submit(data::ImageSet set) {
 
 void Pipeline::collect_all() {
   while (!queue_.empty()) collect();
+}
+
+std::vector<data::BadImage> Pipeline::run(data::SplitReader& reader, int64_t batch, const std::string& what,
+                                          Progress& progress, const std::function<std::string()>& note) {
+  std::vector<data::BadImage> skipped;
+  int64_t decoded = 0;
+  const auto show = [&] { progress.update(decoded, note && images_ > 0 ? note() : ""); };
+  progress.begin(what, reader.total(), "images");
+  while (std::optional<data::ImageSet> set = reader.next(batch)) {
+    stop_if_asked(what);
+    decoded += set->labels.size(0) + int64_t(set->skipped.size());
+    std::ranges::move(set->skipped, std::back_inserter(skipped));
+    if (set->labels.size(0) > 0) submit(std::move(*set));
+    show();
+  }
+  collect_all();
+  show();
+  progress.end();
+  return skipped;
 }
 
 void Pipeline::collect() {

@@ -3,7 +3,10 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <string>
+#include <vector>
 
+#include "base/progress.h"
 #include "data/loader.h"
 #include "engine/engine.h"
 
@@ -22,6 +25,10 @@ class Pipeline {
   /// Gives the oldest batch to `take` first where the engine is full. `set` holds at least one image.
   void submit(data::ImageSet set);
   void collect_all();
+  /// Every image of `reader`, `batch` at a time; returns those that were skipped. `what` names it to progress and to
+  /// stop_if_asked; `note` is shown beside it once a batch was taken. Errors as SplitReader's and the engine's.
+  [[nodiscard]] std::vector<data::BadImage> run(data::SplitReader& reader, int64_t batch, const std::string& what,
+                                                Progress& progress, const std::function<std::string()>& note = {});
   /// Of the network alone; without the first batch, which warms up, if there are more. After a batch was collected.
   [[nodiscard]] double images_per_second() const;
 

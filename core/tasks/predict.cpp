@@ -9,11 +9,6 @@
 namespace pyra::tasks {
 namespace {
 
-bool is_folder(const std::filesystem::path& input) {
-  std::error_code ignored;
-  return std::filesystem::is_directory(input, ignored);
-}
-
 data::ImageSet single_image(const PredictOptions& options, const nn::Preprocess& preprocess) {
   const std::string name = options.input.string();
   const std::string bytes = options.bytes ? *options.bytes : io::read_file(options.input, data::kMaxImageBytes);
@@ -36,29 +31,6 @@ std::vector<ClassProbability> best_classes(const at::Tensor& probabilities, int6
   return best;
 }
 
-void run_folder(const PredictOptions& options, const nn::Preprocess& preprocess, Pipeline& pipeline,
-                Predictions& predictions, Progress& progress) {
-  const data::Dataset dataset = data::Dataset::unlabelled(options.input);
-  if (const std::vector<std::string> others = dataset.left_out(); !others.empty())
-    progress.note(cat(others.size(), " left out (links, folders too deep), the first: ", others[0]));
-  // Names from within a .tar are no paths here.
-  const std::filesystem::path folder = is_folder(options.input) ? options.input : std::filesystem::path();
-  data::SplitReader reader(dataset, data::Dataset::kUnlabelled, preprocess, options.bad_images);
-  progress.begin("predict", reader.total(), "images");
-  int64_t decoded = 0;
-  while (std::optional<data::ImageSet> set = reader.next(options.batch)) {
-    stop_if_asked("predict");
-    for (std::string& path : set->paths) path = (folder / path).string();
-    for (data::BadImage& bad : set->skipped)
-      predictions.skipped.push_back({(folder / bad.path).string(), std::move(bad.reason)});
-    decoded += set->labels.size(0) + int64_t(set->skipped.size());
-    if (set->labels.size(0) > 0) pipeline.submit(std::move(*set));
-    progress.update(decoded);
-  }
-  pipeline.collect_all();
-  progress.end();
-}
-
 }  // namespace
 
 Predictions predict(const PredictOptions& options, const host::PluginRegistry& plugins, Progress& progress) {
@@ -73,23 +45,33 @@ Predictions predict(const PredictOptions& options, const host::PluginRegistry& p
   const std::string device = resolve_device(options.run.device);
   const auto engine = make_engine(model, device, resolve_precision(options.run.dtype, device), options.run.exact_gelu);
 
+  // Names from within a .tar are no paths here.
+  std::error_code ignored;
+  const bool is_folder = !options.bytes && std::filesystem::is_directory(options.input, ignored);
+  const std::filesystem::path root = is_folder ? options.input : std::filesystem::path();
   Predictions predictions;
   Pipeline pipeline(*engine, [&](const data::ImageSet& set, const at::Tensor& logits) {
     const at::Tensor probabilities = logits.to(at::kDouble).softmax(1);
     for (int64_t i = 0; i < probabilities.size(0); ++i) {
-      const std::string& path = set.paths[size_t(i)];
+      const std::string path = (root / set.paths[size_t(i)]).string();
       if (!at::isfinite(probabilities[i]).all().item<bool>())
         fail(ExitCode::untrusted, options.run.model.string(), ": the result for ", path,
              " is not finite; the model's weights are damaged or its training diverged");
       predictions.images.push_back({path, best_classes(probabilities[i], options.top, model.file.class_names)});
     }
   });
-  if (!options.bytes && (is_folder(options.input) || options.input.extension() == ".tar")) {
-    run_folder(options, preprocess, pipeline, predictions, progress);
-  } else {
+  const bool is_tar = !options.bytes && options.input.extension() == ".tar";
+  if (!is_folder && !is_tar) {
     pipeline.submit(single_image(options, preprocess));
     pipeline.collect_all();
+    return predictions;
   }
+  const data::Dataset dataset = data::Dataset::unlabelled(options.input);
+  if (const std::vector<std::string> others = dataset.left_out(); !others.empty())
+    progress.note(cat(others.size(), " left out (links, folders too deep), the first: ", others[0]));
+  data::SplitReader reader(dataset, data::Dataset::kUnlabelled, preprocess, options.bad_images);
+  predictions.skipped = pipeline.run(reader, options.batch, "predict", progress);
+  for (data::BadImage& bad : predictions.skipped) bad.path = (root / bad.path).string();
   return predictions;
 }
 

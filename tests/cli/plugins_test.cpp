@@ -63,7 +63,9 @@ TEST_CASE("plugins new writes a project and overwrites nothing") {
       CHECK(text.find('@') == std::string::npos);
     }
   }
-  CHECK(read_bytes(shop / "merge_project/my_merge.cpp").find("\"my_merge\"") != std::string::npos);
+  const std::string merger = read_bytes(shop / "merge_project/my_merge.cpp");
+  CHECK(merger.find("class Merger final") != std::string::npos);
+  CHECK(merger.find("PYRA_MERGE_PLUGIN(Merger, \"my_merge\"") != std::string::npos);
   for (const Refusal& refusal : std::vector<Refusal>{
            {"plugins new merge my_merge --out merge_project", 2, {"merge_project/CMakeLists.txt", "not overwritten"}},
            {"plugins new merger mine", 2, {"'merger'", "did you mean 'merge'"}},
